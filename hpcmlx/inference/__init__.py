@@ -1,0 +1,1 @@
+"""Requests in, rows out: sampling, the batch engine, results and log-probabilities."""

@@ -1,0 +1,1 @@
+"""Launching from a login node: host files and `mpirun` lines. Needs neither MPI nor MLX."""

@@ -1,0 +1,1 @@
+"""How one model becomes many: index arithmetic, tensor-parallel modules, pipeline stages."""
