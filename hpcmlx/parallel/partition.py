@@ -6,9 +6,11 @@ layers), then turned into a `Cut`: the positions along one axis of one tensor th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import gcd, lcm
 
 Interval = tuple[int, int]
 
@@ -87,3 +89,78 @@ def offsets(counts: Sequence[int]) -> list[Interval]:
     """Consecutive half-open intervals of the given lengths, from 0."""
     ends = list(accumulate(counts))
     return [(end - n, end) for n, end in zip(counts, ends, strict=True)]
+
+
+def merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
+    """The same positions in the same order with touching intervals joined, empty ones dropped."""
+    merged: list[Interval] = []
+    for start, stop in intervals:
+        if start == stop:
+            continue
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def split_aligned(length: int, quantum: int, weights: Sequence[float]) -> list[Interval]:
+    """Cut `length` positions into one interval per rank, in proportion to `weights`, at multiples
+    of `quantum`; every rank gets at least one quantum and the last quantum may be short.
+
+    Raises:
+        ValueError: there are fewer quanta than ranks, or a weight is not positive.
+    """
+    counts = split_by_weight(-(-length // quantum), weights, minimum=1)
+    return [(start * quantum, min(stop * quantum, length)) for start, stop in offsets(counts)]
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The attention heads of one rank.
+
+    Attributes:
+        query: half-open interval of query heads.
+        key_value: the KV heads held, in the order of the query heads they serve. Each serves
+            `len(query) / len(key_value)` consecutive query heads, so a KV head occurs more than
+            once where the rank's query heads do not fall evenly on its KV heads.
+    """
+
+    query: Interval
+    key_value: tuple[int, ...]
+
+    @property
+    def num_query(self) -> int:
+        """Number of query heads."""
+        return self.query[1] - self.query[0]
+
+
+def split_heads(
+    num_query: int, num_key_value: int, weights: Sequence[float], quantum: int = 1
+) -> list[HeadShare]:
+    """Deal attention heads out by weight.
+
+    The unit is a KV head with the query heads that it serves. When there are too few of those for
+    the ranks, the unit is the query head and KV heads are replicated.
+
+    Args:
+        num_query: query heads of the layer.
+        num_key_value: KV heads; divides `num_query`.
+        weights: one positive share per rank.
+        quantum: query heads that must stay together (quantization groups of the output
+            projection may span several).
+
+    Raises:
+        ValueError: there are fewer units of `quantum` query heads than ranks.
+    """
+    per_group = num_query // num_key_value
+    unit = lcm(per_group, quantum)
+    if -(-num_query // unit) < len(weights):
+        unit = quantum
+    shares = []
+    for start, stop in split_aligned(num_query, unit, weights):
+        served = Counter(head // per_group for head in range(start, stop))
+        width = gcd(*served.values())
+        held = tuple(kv for kv, count in served.items() for _ in range(count // width))
+        shares.append(HeadShare((start, stop), held))
+    return shares

@@ -1,0 +1,116 @@
+"""Log-probabilities of a text under a model in any layout.
+
+This is how perplexity is measured, and how layouts are compared with each other: the same text
+gives the same numbers, up to rounding, however the model is spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from hpcmlx.mesh import Mesh
+from hpcmlx.models.loader import LoadedModel
+from hpcmlx.parallel.link import StageLink
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """What a text costs.
+
+    Attributes:
+        tokens: [n] int32, the text.
+        logprobs: [n] float32, log p(token | the tokens before it in its window), in nats; NaN for
+            the first token of each window, which nothing predicts.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+    @property
+    def num_predicted(self) -> int:
+        return int(np.isfinite(self.logprobs).sum())
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood per predicted token, in nats."""
+        return float(-np.nanmean(self.logprobs.astype(np.float64)))
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.nll))
+
+
+def score_tokens(
+    loaded: LoadedModel,
+    mesh: Mesh,
+    tokens: Sequence[int],
+    window: int,
+    batch_size: int = 1,
+    on_batch: Callable[[int], None] = lambda num_tokens: None,
+) -> LogProbs | None:
+    """Score a text in windows that do not overlap, dealt out over the replicas.
+
+    Args:
+        tokens: the whole text, at least two tokens.
+        window: tokens per window; a longer one gives each token more context.
+        batch_size: full windows per forward pass.
+        on_batch: told how many tokens each forward pass covered.
+
+    Returns:
+        On world rank 0 the scores, None elsewhere.
+    """
+    link, stage = StageLink(mesh, loaded.stage), loaded.stage
+    starts = _batches(len(tokens), window, batch_size)
+    mine: list[tuple[list[int], np.ndarray]] = []
+    for batch in starts[mesh.dp :: mesh.dims.dp]:
+        rows = mx.array([tokens[start : start + window] for start in batch], mx.int32)
+        inputs = [] if stage.first else link.receive(*rows.shape)
+        outputs = stage(rows, inputs, None)
+        if stage.last:
+            mine.append((batch, np.array(_token_logprobs(loaded, mesh, outputs, rows))))
+        else:
+            mx.eval(outputs)
+            link.send(outputs)
+        on_batch(rows.size)
+    link.flush()
+    everything = mesh.world.gather(mine if mesh.is_last_stage and mesh.tp == 0 else [])
+    if everything is None:
+        return None
+    logprobs = np.full(len(tokens), np.nan, np.float32)
+    for batch, values in (part for parts in everything for part in parts):
+        for start, row in zip(batch, values, strict=True):
+            logprobs[start + 1 : start + 1 + len(row)] = row
+    return LogProbs(np.array(tokens, np.int32), logprobs)
+
+
+def _batches(num_tokens: int, window: int, batch_size: int) -> list[list[int]]:
+    """Window starts, grouped so that the windows of a group have one length."""
+    full = [s for s in range(0, num_tokens, window) if s + window <= num_tokens]
+    batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
+    rest = len(full) * window
+    if num_tokens - rest > 1:  # a single token is predicted by nothing
+        batches.append([rest])
+    return batches
+
+
+def _token_logprobs(
+    loaded: LoadedModel, mesh: Mesh, logits: mx.array, tokens: mx.array
+) -> mx.array:
+    """log p of tokens[:, 1:] from logits [batch, length, local vocab]: [batch, length - 1].
+
+    Only one maximum, one sum and one logit a token travel between tensor-parallel ranks.
+    """
+    start, stop = loaded.vocab_interval
+    logits = logits[:, :-1].astype(mx.float32)
+    targets = tokens[:, 1:] - start
+    total = mx.logsumexp(logits, axis=-1)
+    inside = (targets >= 0) & (targets < stop - start)
+    index = mx.where(inside, targets, 0)
+    chosen = mx.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    group = mesh.tp_group
+    total = mx.logsumexp(group.all_gather(total[None]), axis=0)
+    return group.all_sum(mx.where(inside, chosen, 0.0)) - total

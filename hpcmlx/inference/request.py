@@ -1,0 +1,156 @@
+"""Reads a prompt file into requests: one JSON object a line, `prompt` or `messages`.
+
+Everything that can be wrong with a row is found here, before the model is loaded, and named by
+file and line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hpcmlx.errors import InputError
+from hpcmlx.inference.sampling import SamplingParams, row_seed
+
+_PARAMS = {field.name for field in fields(SamplingParams)}
+_KEYS = _PARAMS | {"id", "prompt", "messages"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row: what to continue and how.
+
+    Attributes:
+        index: position in the input, from 0; results come out in this order.
+        id: the row's own id, else its line number.
+        tokens: the prompt, at least one token.
+    """
+
+    index: int
+    id: str
+    tokens: tuple[int, ...]
+    sampling: SamplingParams
+
+
+def read_requests(
+    path: str | Path,
+    encode: Callable[[str], Sequence[int]],
+    encode_chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]],
+    defaults: SamplingParams,
+    max_context: int | None = None,
+) -> list[Request]:
+    """All rows of a JSONL file, tokenized. Blank lines are skipped.
+
+    Args:
+        encode: text to tokens, for `prompt` rows.
+        encode_chat: messages to tokens through the chat template, for `messages` rows.
+        defaults: sampling of rows that do not say; a row may set any of its fields.
+        max_context: longest prompt plus output in tokens, if the model says.
+
+    Raises:
+        InputError: the file cannot be read, or a row cannot be used; names file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"input {path} does not exist; set input=FILE.jsonl") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"input {path} cannot be read: {error}") from None
+    requests: list[Request] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        row = _parse(line, where)
+        index = len(requests)
+        row_id = str(row.get("id", number))
+        if row_id in seen:
+            raise InputError(f"{where}: id '{row_id}' was used in line {seen[row_id]} already")
+        seen[row_id] = number
+        sampling = _sampling(row, defaults, index, where)
+        tokens = tuple(_tokens(row, encode, encode_chat, where))
+        if not tokens:
+            raise InputError(f"{where}: the prompt has no tokens; remove the row")
+        if max_context is not None and len(tokens) + sampling.max_tokens > max_context:
+            raise InputError(
+                f"{where}: {len(tokens)} prompt tokens + max_tokens={sampling.max_tokens} exceed "
+                f"the model's context of {max_context}; shorten the prompt or lower max_tokens"
+            )
+        requests.append(Request(index, row_id, tokens, sampling))
+    if not requests:
+        raise InputError(f"input {path} holds no rows")
+    return requests
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row is a JSON object, not {type(row).__name__}")
+    if unknown := sorted(row.keys() - _KEYS):
+        raise InputError(f"{where}: unknown key '{unknown[0]}'; known: {', '.join(sorted(_KEYS))}")
+    if ("prompt" in row) == ("messages" in row):
+        raise InputError(f"{where}: a row needs either 'prompt' or 'messages'")
+    return row
+
+
+def _sampling(
+    row: Mapping[str, Any], defaults: SamplingParams, index: int, where: str
+) -> SamplingParams:
+    own = {key: row[key] for key in _PARAMS & row.keys()}
+    for key, value in own.items():
+        kind = type(getattr(defaults, key))
+        if key == "stop":
+            own[key] = tuple([value] if isinstance(value, str) else value)
+        elif isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise InputError(f"{where}: {key}={value!r} must be of type {kind.__name__}")
+    own.setdefault("seed", row_seed(defaults.seed, index))
+    params = replace(defaults, **own)
+    if problem := check_sampling(params):
+        raise InputError(f"{where}: {problem}")
+    return params
+
+
+def check_sampling(p: SamplingParams) -> str | None:
+    """What is wrong with the values, in words, or None."""
+    if p.temperature < 0:
+        return f"temperature={p.temperature} must not be negative"
+    if not 0 < p.top_p <= 1:
+        return f"top_p={p.top_p} must be in (0, 1]"
+    if not 0 <= p.min_p <= 1:
+        return f"min_p={p.min_p} must be in [0, 1]"
+    if p.top_k < 0:
+        return f"top_k={p.top_k} must not be negative"
+    if p.max_tokens < 1:
+        return f"max_tokens={p.max_tokens} must be at least 1"
+    if not all(isinstance(s, str) and s for s in p.stop):
+        return "stop must be a string or a list of non-empty strings"
+    return None
+
+
+def _tokens(
+    row: Mapping[str, Any],
+    encode: Callable[[str], Sequence[int]],
+    encode_chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]],
+    where: str,
+) -> Sequence[int]:
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str):
+            raise InputError(f"{where}: 'prompt' must be a string")
+        return encode(row["prompt"])
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise InputError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+    try:
+        return encode_chat(messages)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

@@ -1,0 +1,234 @@
+"""The shell round every job: MPI up, one configuration, one run directory, one clean end.
+
+`run_job` composes on rank 0 and broadcasts, compares the ranks with each other, calls the job's
+main, and ends every rank: with a completion record when all went well, else with one line that
+says what is wrong, on which rank and host, and the right exit code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from logging import Logger
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mlx.core as mx
+
+import hpcmlx
+from hpcmlx import comm, config, log
+from hpcmlx.comm import Communicator
+from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
+from hpcmlx.files import create_run_dir, write_atomic
+from hpcmlx.launch import mpirun
+from hpcmlx.mesh import Mesh, ParallelDims
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+COMPLETED = "completed.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job's main gets.
+
+    Attributes:
+        name: of the job ("generate").
+        config: the job's dataclass.
+        mesh: this rank's place among the ranks.
+        run_dir: shared by all ranks of this launch and by no other.
+    """
+
+    name: str
+    config: Any
+    mesh: Mesh
+    run_dir: Path
+    log: Logger
+
+    @property
+    def is_root(self) -> bool:
+        return self.mesh.world.rank == 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What must be equal on all ranks before they work together."""
+
+    host: str
+    hpcmlx: str
+    mlx: str
+    mlx_lm: str
+    code: str
+    config: str
+
+
+def run_job(
+    name: str,
+    schema: type,
+    main: Callable[[Job], ExitCode | None],
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Run `main` as a job and end the process with its exit code.
+
+    Args:
+        name: of the job; `conf/{name}.yaml` holds its defaults.
+        schema: the dataclass that the configuration is checked against.
+        argv: Hydra overrides; None takes the command line.
+    """
+    world: Communicator | None = None
+    try:
+        overrides = list(sys.argv[1:] if argv is None else argv)
+        code = None if comm.launched_by_mpi() else _launch(name, schema, overrides)
+        if code is None:
+            world = comm.init()
+            code = _run(name, schema, main, overrides, world)
+    except BaseException as error:  # noqa: BLE001  whatever ends one rank must end them all
+        _fail(error, world)
+    comm.finalize(code)
+
+
+def _launch(name: str, schema: type, overrides: list[str]) -> int | None:
+    """On a login node with `launch=mpirun`: run the job under mpirun, give its exit code."""
+    settings = config.compose(schema, CONF, name, overrides)
+    if settings.launch.kind == "none":
+        return None
+    return mpirun.relaunch(sys.argv[0], overrides, settings)
+
+
+def _run(
+    name: str,
+    schema: type,
+    main: Callable[[Job], ExitCode | None],
+    overrides: Sequence[str],
+    world: Communicator,
+) -> ExitCode:
+    started = time.monotonic()
+    settings, run_dir = _settings(name, schema, overrides, world)
+    check_peers(world.allgather(_this_peer(settings)))
+    parallel = settings.parallel
+    mesh = Mesh(ParallelDims(parallel.dp, parallel.pp, parallel.tp), world)
+    logger = log.setup(world.rank, comm.hostname(), run_dir)
+    _report_host(logger, mesh, run_dir)
+    if mx.metal.is_available():
+        # Weights that are paged out between steps would make a big model crawl.
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    world.barrier()
+    code = main(Job(name, settings, mesh, run_dir, logger)) or ExitCode.OK
+    world.barrier()  # every rank has done its part: only now may success be claimed
+    if world.rank == 0:
+        record = {
+            "job": name,
+            "layout": str(mesh.dims),
+            "exit_code": int(code),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - started, 3),
+            "versions": _versions(),
+        }
+        write_atomic(run_dir / COMPLETED, json.dumps(record, indent=2).encode() + b"\n")
+    return code
+
+
+def _settings(
+    name: str, schema: type, overrides: Sequence[str], world: Communicator
+) -> tuple[Any, Path]:
+    """The configuration and the run directory: rank 0 decides, the others are told."""
+    message: dict[str, Any] = {}
+    if world.rank == 0:
+        settings = config.compose(schema, CONF, name, list(overrides))
+        dims = ParallelDims(settings.parallel.dp, settings.parallel.pp, settings.parallel.tp)
+        dims.check_world(world.size)
+        run_dir = create_run_dir(settings.run_dir, name, str(dims))
+        write_atomic(run_dir / "config.yaml", config.to_yaml(settings).encode())
+        message = {"config": config.to_dict(settings), "run_dir": str(run_dir)}
+    message = world.bcast(message)
+    return config.from_dict(schema, message["config"]), Path(message["run_dir"])
+
+
+def _versions() -> dict[str, str]:
+    names = ("hpcmlx", "mlx", "mlx-lm", "mpi4py", "numpy", "h5py")
+    return {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]}
+
+
+def _this_peer(settings: Any) -> Peer:
+    return Peer(
+        comm.hostname(),
+        hpcmlx.__version__,
+        metadata.version("mlx"),
+        metadata.version("mlx-lm"),
+        _code_hash(),
+        config.config_hash(settings),
+    )
+
+
+def _code_hash() -> str:
+    """Of hpcmlx's own sources: two checkouts of one version may still differ."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_peers(peers: Sequence[Peer]) -> None:
+    """
+    Raises:
+        ConfigError: a rank's versions, code or configuration differ from rank 0's; names the host.
+    """
+    reference = asdict(peers[0])
+    for rank, peer in enumerate(peers):
+        for key, value in asdict(peer).items():
+            if key != "host" and value != reference[key]:
+                label = {"mlx_lm": "mlx-lm", "code": "hpcmlx source", "config": "configuration"}
+                raise ConfigError(
+                    f"host {peer.host} (rank {rank}) has {label.get(key, key)} {value}, rank 0 on "
+                    f"{peers[0].host} has {reference[key]}; install the same on every host"
+                )
+
+
+def _report_host(logger: Logger, mesh: Mesh, run_dir: Path) -> None:
+    versions = _versions()
+    logger.info(
+        "layout %s, run directory %s; %s",
+        mesh.dims,
+        run_dir,
+        ", ".join(f"{k} {versions[k]}" for k in ("hpcmlx", "mlx", "mlx-lm", "python")),
+    )
+    if mx.default_device() == mx.Device(mx.cpu):
+        logger.info("CPU device, BLAS: %s", hpcmlx.BLAS)
+        if not hpcmlx.BLAS.fast:
+            logger.warning(
+                "only the reference BLAS (%s): matrix products are 30-50 times slower than they "
+                "could be",
+                hpcmlx.BLAS.source,
+            )
+
+
+def _fail(error: BaseException, world: Communicator | None) -> NoReturn:
+    """Print why, then end every rank."""
+    code, message = _describe(error)
+    where = ""
+    if world is not None and world.size > 1:
+        where = f"rank {world.rank} on {comm.hostname()}: "
+        if world.rank:
+            # Where all ranks refuse the same thing, rank 0 says it for them and ends the job.
+            time.sleep(0.5)
+    print(f"hpcmlx: {where}{message}", file=sys.stderr, flush=True)
+    (world or Communicator()).abort(code)
+
+
+def _describe(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, HpcmlxError):
+        return int(error.exit_code), str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) and error.code else ExitCode.INTERNAL
+        return int(code), f"sys.exit({error.code!r}) before the job was complete"
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return int(ExitCode.INTERNAL), f"unexpected {type(error).__name__}\n{text}"

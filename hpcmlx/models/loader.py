@@ -1,0 +1,309 @@
+"""Gives this rank its part of a model: shapes first, then only its own byte ranges.
+
+The order is what keeps memory at one shard: skeleton (no memory), tensor-parallel plan (cuts),
+pipeline stage (which parameters), then one tensor at a time from the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.mesh import Mesh
+from hpcmlx.models.checkpoint import Checkpoint, open_checkpoint
+from hpcmlx.models.plans import plan_for
+from hpcmlx.models.skeleton import Quantization, Skeleton, WeightFormat, build_skeleton
+from hpcmlx.parallel.partition import Cut, Interval, balance_layers, offsets
+from hpcmlx.parallel.pipeline import (
+    Dataflow,
+    Stage,
+    build_stage,
+    check_layers,
+    find_layers,
+    trace,
+)
+from hpcmlx.parallel.tensor import Shares, apply_plan, vocab_interval
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass
+class LoadedModel:
+    """This rank's part of a model, ready to run.
+
+    Attributes:
+        stage: the pipeline stage (the whole model where pp = 1).
+        config: the checkpoint's config.json.
+        vocab_interval: the vocabulary rows that the last stage's logits cover on this rank.
+        vocab_size: rows of the whole vocabulary.
+        num_layers: layers of the whole model.
+        num_bytes: bytes of this rank's parameters in memory.
+        bytes_read: weight bytes read from the files.
+        layer_ranges: layers of each stage.
+    """
+
+    stage: Stage
+    config: dict[str, Any]
+    vocab_interval: Interval
+    vocab_size: int
+    num_layers: int
+    num_bytes: int
+    bytes_read: int
+    layer_ranges: list[Interval]
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest sequence the checkpoint was made for, in tokens, if it says."""
+        text = self.config.get("text_config", self.config)
+        return text.get("max_position_embeddings")
+
+
+def load_model(
+    path: str,
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    weights: str = "auto",
+    tp_shares: Sequence[float] | None = None,
+    pp_layers: Sequence[int] | None = None,
+) -> LoadedModel:
+    """Load this rank's part of the model at `path` (a directory or a GGUF file).
+
+    Args:
+        dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
+        weights: "keep" quantized weights packed or "dequantize" them; "auto" dequantizes on a CPU,
+            where packed products are many times slower than float32 ones.
+        tp_shares: relative share of each tensor-parallel rank; None is equal.
+        pp_layers: layers of each stage; None balances the bytes that a token must read.
+
+    Raises:
+        ConfigError: the architecture or the layout is refused; nothing has been read.
+        IntegrityError: files are missing, truncated or do not belong together.
+    """
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if weights == "auto":
+        weights = "dequantize" if on_cpu else "keep"
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "checkpoint"
+    checkpoint = open_checkpoint(path)
+    skeleton = build_skeleton(
+        checkpoint.config, checkpoint.tensors, DTYPES.get(dtype), _weight_format(weights)
+    )
+    model = skeleton.model
+    num_layers = len(find_layers(model))
+    flow = trace(model) if mesh.dims.pp > 1 else None
+    sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
+    vocab = vocab_size(model)
+    cuts: dict[str, Cut] = {}
+    interval = (0, vocab)
+    if mesh.dims.tp > 1:
+        plan = plan_for(skeleton.config)
+        shares = Shares(tuple(tp_shares) if tp_shares else (1.0,) * mesh.dims.tp)
+        cuts = apply_plan(model, plan, mesh.tp_group, shares)
+        interval = vocab_interval(model, cuts, vocab)
+    ranges = stage_layers(num_layers, mesh.dims.pp, pp_layers, flow, sizes)
+    check_layers(num_layers, ranges)
+    stage = build_stage(model, flow, *ranges[mesh.pp])
+    reader = _Reader(checkpoint, skeleton, cuts)
+    wanted = [path for path in sizes if path in stage.parameters]
+    _check_coverage(mesh, wanted, sizes)
+    num_bytes = 0
+    for parameter, array in reader.arrays(wanted):
+        model.update(tree_unflatten([(parameter, array)]))
+        num_bytes += array.nbytes
+    checkpoint.close()
+    return LoadedModel(
+        stage,
+        skeleton.config,
+        interval,
+        vocab,
+        num_layers,
+        num_bytes,
+        checkpoint.bytes_read,
+        ranges,
+    )
+
+
+def _weight_format(weights: str) -> WeightFormat:
+    return "dequantize" if weights == "dequantize" else "keep"
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Rows of the model's logits, from an unevaluated forward pass."""
+    return model(mx.zeros((1, 1), mx.int32)).shape[-1]
+
+
+def stage_layers(
+    num_layers: int,
+    num_stages: int,
+    pp_layers: Sequence[int] | None,
+    flow: Dataflow | None,
+    sizes: Mapping[str, int],
+) -> list[Interval]:
+    """Layers of each stage: as asked, else so that the stage that reads most bytes per token reads
+    as few as possible. The head counts (a fifth of a small model); the embedding is a lookup."""
+    if num_stages == 1 or flow is None:
+        return [(0, num_layers)]
+    if pp_layers is not None:
+        if sum(pp_layers) != num_layers:
+            raise ConfigError(
+                f"parallel.pp_layers={list(pp_layers)} adds up to {sum(pp_layers)} layers, "
+                f"the model has {num_layers}"
+            )
+        return offsets(list(pp_layers))
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"parallel.pp={num_stages} stages but the model has {num_layers} layers; "
+            f"use parallel.pp={num_layers} at most"
+        )
+    costs = [sum(sizes[p] for p in flow.layer_parameters(i)) for i in range(num_layers)]
+    head = sum(sizes[p] for p in flow.head_parameters())
+    return offsets(balance_layers(costs, num_stages, last_cost=head))
+
+
+def _check_coverage(mesh: Mesh, wanted: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Every parameter is loaded by some stage: asserted at every start."""
+    loaded = set().union(*mesh.replica.allgather(set(wanted)))
+    if left_out := sorted(sizes.keys() - loaded):
+        raise IntegrityError(
+            f"{len(left_out)} parameters belong to no stage, for example {left_out[0]}; "
+            "use parallel.pp=1 and report the model"
+        )
+
+
+class _Reader:
+    """Turns checkpoint bytes into parameters, cut for this rank, one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, cuts: Mapping[str, Cut]):
+        self.checkpoint, self.skeleton, self.cuts = checkpoint, skeleton, cuts
+
+    def arrays(self, paths: Sequence[str]) -> Iterator[tuple[str, mx.array]]:
+        """(parameter path, evaluated array) of every path; derived ones come last, grouped by
+        the tensors they share."""
+        derived: list[str] = []
+        for path in paths:
+            parts = self._parts(path)
+            if all(self.skeleton.origins[part].stored for part in parts):
+                yield path, self._finish(path, {p: self._stored(path, p) for p in parts})
+            else:
+                derived.append(path)
+        for group in self._sharing(derived):
+            yield from self._derived(group)
+
+    def _parts(self, path: str) -> list[str]:
+        """The sanitized tensors that make up a parameter: itself, or a packed triple."""
+        module = path.removesuffix(".weight")
+        if path.endswith(".weight") and module in self.skeleton.packed:
+            names = (path, f"{module}.scales", f"{module}.biases")
+            return [name for name in names if name in self.skeleton.origins]
+        return [path]
+
+    def _stored(self, path: str, part: str) -> mx.array:
+        name = self.skeleton.origins[part].tensors[0]
+        return self.checkpoint.read(name, self._part_cut(path, part))
+
+    def _part_cut(self, path: str, part: str) -> Cut | None:
+        """The cut of one stored part. Along a packed axis it is widened to whole groups; `_finish`
+        takes the exact positions out after dequantizing."""
+        cut, packing = self.cuts.get(path), self._packing(path)
+        if cut is None or packing is None or not self._along_packed_axis(path, cut):
+            return cut
+        wide = Cut(cut.axis, tuple(_widen(i, packing.group_size) for i in cut.intervals))
+        if part == path:
+            return wide.scaled(packing.bits, 32)
+        return wide.scaled(1, packing.group_size)
+
+    def _packing(self, path: str) -> Quantization | None:
+        return self.skeleton.packed.get(path.removesuffix(".weight"))
+
+    def _along_packed_axis(self, path: str, cut: Cut) -> bool:
+        name = self.skeleton.origins[path].tensors[0]
+        return cut.axis == len(self.checkpoint.tensors[name].shape) - 1
+
+    def _finish(self, path: str, parts: Mapping[str, mx.array]) -> mx.array:
+        """Dequantize if need be, cast, make it this parameter's own memory."""
+        array, packing = parts[path], self._packing(path)
+        if packing is not None:
+            module = path.removesuffix(".weight")
+            # Scales in float16 would round the products; float32 is exact for 8-bit integers.
+            scales = _wide(parts[f"{module}.scales"])
+            biases = parts.get(f"{module}.biases")
+            array = mx.dequantize(
+                array,
+                scales,
+                None if biases is None else _wide(biases),
+                group_size=packing.group_size,
+                bits=packing.bits,
+                mode=packing.mode,
+            )
+            cut = self.cuts.get(path)
+            if cut is not None and self._along_packed_axis(path, cut):
+                array = _take_exact(array, cut, packing.group_size)
+        array = mx.contiguous(array.astype(self.skeleton.dtypes[path]))
+        mx.eval(array)
+        return array
+
+    def _sharing(self, paths: Sequence[str]) -> list[list[str]]:
+        """Derived parameters grouped so that groups share no checkpoint tensor."""
+        group_of: dict[str, list[str]] = {}
+        tensors_of: dict[int, set[str]] = {}
+        for path in paths:
+            needed = {t for part in self._parts(path) for t in self.skeleton.origins[part].tensors}
+            merged = [path]
+            for group in {id(group_of[t]): group_of[t] for t in needed if t in group_of}.values():
+                needed |= tensors_of.pop(id(group))
+                merged = group + merged
+            tensors_of[id(merged)] = needed
+            for tensor in needed:
+                group_of[tensor] = merged
+        return list({id(group): group for group in group_of.values()}.values())
+
+    def _derived(self, paths: Sequence[str]) -> Iterator[tuple[str, mx.array]]:
+        """Parameters that `sanitize` computes (stacked experts, split projections): their whole
+        source tensors are read, computed, cut and dropped before the next group."""
+        parts = {path: self._parts(path) for path in paths}
+        origins = self.skeleton.origins
+        names = {t for ps in parts.values() for part in ps for t in origins[part].tensors}
+        outputs = self.skeleton.sanitized({name: self.checkpoint.read(name) for name in names})
+        for path in paths:
+            cut_parts = {}
+            for part in parts[path]:
+                cut = self._part_cut(path, part)
+                cut_parts[part] = outputs[part] if cut is None else take(outputs[part], cut)
+            yield path, self._finish(path, cut_parts)
+
+
+def take(array: mx.array, cut: Cut) -> mx.array:
+    """The positions of `cut` out of a whole array, unevaluated."""
+    index: list[Any] = [slice(None)] * array.ndim
+    pieces = []
+    for start, stop in cut.intervals:
+        index[cut.axis] = slice(start, stop)
+        pieces.append(array[tuple(index)])
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=cut.axis)
+
+
+def _wide(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _widen(interval: Interval, group: int) -> Interval:
+    start, stop = interval
+    return start // group * group, -(-stop // group) * group
+
+
+def _take_exact(array: mx.array, cut: Cut, group: int) -> mx.array:
+    """Undo `_widen`: out of concatenated whole groups, the positions that were asked for."""
+    wide = [_widen(interval, group) for interval in cut.intervals]
+    starts = [start for start, _ in offsets([stop - start for start, stop in wide])]
+    exact = tuple(
+        (at + start - w, at + stop - w)
+        for at, (start, stop), (w, _) in zip(starts, cut.intervals, wide, strict=True)
+    )
+    return take(array, Cut(cut.axis, exact))

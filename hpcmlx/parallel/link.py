@@ -1,0 +1,60 @@
+"""The wires between pipeline stages: activations downstream, sampled tokens back to everyone.
+
+Arrays are evaluated first, then sent by MPI: nothing waits for another host inside a GPU command
+buffer, and no message size can deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from hpcmlx.comm import Pending
+from hpcmlx.mesh import Mesh
+from hpcmlx.parallel.pipeline import Stage
+
+_TOKENS_TAG = 30_000  # above the leaves' tags, below MPI's guaranteed 32767
+
+
+class StageLink:
+    """This rank's connections to its pipeline neighbours (same tensor rank, next stage)."""
+
+    def __init__(self, mesh: Mesh, stage: Stage):
+        self.mesh, self.stage = mesh, stage
+        self._sends: list[Pending] = []
+
+    def receive(self, batch: int, length: int) -> list[mx.array]:
+        """The arrays that this stage takes from the one before, for tokens [batch, length]."""
+        source = self.mesh.replica_rank(self.mesh.pp - 1, self.mesh.tp)
+        pending = [
+            self.mesh.replica.irecv(leaf.shape(batch, length), leaf.dtype, source, tag)
+            for tag, leaf in enumerate(self.stage.receives)
+        ]
+        return [p.wait() for p in pending]
+
+    def send(self, arrays: Sequence[mx.array]) -> None:
+        """Pass evaluated arrays to the next stage; returns at once."""
+        target = self.mesh.replica_rank(self.mesh.pp + 1, self.mesh.tp)
+        for tag, array in enumerate(arrays):
+            self._keep(self.mesh.replica.isend(array, target, tag))
+
+    def send_tokens(self, tokens: mx.array) -> None:
+        """From the last stage: sampled tokens [rows] int32 to every earlier stage."""
+        for pp in range(self.mesh.dims.pp - 1):
+            target = self.mesh.replica_rank(pp, self.mesh.tp)
+            self._keep(self.mesh.replica.isend(tokens, target, _TOKENS_TAG))
+
+    def receive_tokens(self, rows: int) -> Pending:
+        """On the earlier stages: the tokens that the last stage will sample."""
+        source = self.mesh.replica_rank(self.mesh.dims.pp - 1, self.mesh.tp)
+        return self.mesh.replica.irecv((rows,), mx.int32, source, _TOKENS_TAG)
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        for pending in self._sends:
+            pending.wait()
+        self._sends.clear()
+
+    def _keep(self, pending: Pending) -> None:
+        self._sends = [p for p in self._sends if not p.done()] + [pending]

@@ -1,0 +1,60 @@
+"""pytest plugin for runs under mpirun; load it with `-p tests.mpi_plugin`, before pytest-mpi.
+
+MLX must bring MPI up before anybody else imports mpi4py, or it silently sees one rank and every
+test passes vacuously. So this happens here, first, and a run that has fewer ranks than it was
+asked for ends at once. A test that fails on any rank ends the job on all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from hpcmlx import comm
+
+EXPECTED = int(os.environ["HPCMLX_TEST_RANKS"])
+
+world = comm.init()
+if world.size != EXPECTED:
+    print(f"expected {EXPECTED} ranks, MPI gave {world.size}", file=sys.stderr, flush=True)
+    world.abort(3)
+if world.rank:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one report, rank 0's
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed:
+        where = f"rank {world.rank} of {world.size}"
+        print(f"\nFAILED on {where}: {item.nodeid}\n{report.longreprtext}", file=sys.__stderr__)
+        sys.__stderr__.flush()
+        world.abort(1)
+
+
+def pytest_collectreport(report):
+    if report.failed:
+        print(f"\nrank {world.rank}: {report.longreprtext}", file=sys.__stderr__, flush=True)
+        world.abort(1)
+
+
+_status = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    global _status
+    _status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    comm.finalize(_status)
+
+
+@pytest.fixture(scope="session")
+def mpi_world() -> comm.Communicator:
+    """All ranks of the run."""
+    return world

@@ -1,0 +1,96 @@
+"""The whole suite in one verdict: single-process tests, then the MPI tests on 1, 2, 3 and 4 ranks.
+
+    python tests/run_all.py [-n 1 2 3 4] [pytest arguments]
+
+Every part must have run at least one test on the number of ranks it was meant for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcmlx.launch.mpirun import find_mpirun
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 1500  # seconds for one part
+
+
+@dataclass
+class Part:
+    name: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def run_part(name: str, command: list[str], env: dict[str, str]) -> Part:
+    part = Part(name)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        print(f"\n===== {name} =====", flush=True)
+        begin = time.monotonic()
+        try:
+            code = subprocess.run(
+                [*command, f"--junitxml={report}"], cwd=ROOT, env=env, timeout=TIMEOUT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code, part.problem = 124, f"no end after {TIMEOUT} s"
+        part.seconds = time.monotonic() - begin
+        if report.exists():
+            suite = ElementTree.parse(report).getroot().find("testsuite")
+            counts = {k: int(suite.get(k, "0")) for k in ("tests", "failures", "errors", "skipped")}
+            part.failed = counts["failures"] + counts["errors"]
+            part.skipped = counts["skipped"]
+            part.passed = counts["tests"] - part.failed - part.skipped
+    if not part.problem and code:
+        part.problem = f"exit code {code}"
+    if not part.problem and not part.passed:
+        part.problem = "no test ran"
+    if part.problem and not part.failed:
+        part.failed = 1
+    return part
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-n", "--ranks", type=int, nargs="*", default=[1, 2, 3, 4])
+    parser.add_argument("--no-single", action="store_true", help="only the MPI parts")
+    options, pytest_args = parser.parse_known_args()
+    python = [sys.executable, "-m", "pytest", "-q", *pytest_args]
+    parts = []
+    if not options.no_single:
+        parts.append(
+            run_part("single process", [*python, "--ignore=tests/mpi", "tests"], dict(os.environ))
+        )
+    mpirun = [find_mpirun(), "--oversubscribe", "--bind-to", "none"]
+    if os.geteuid() == 0:
+        mpirun.append("--allow-run-as-root")
+    for ranks in options.ranks:
+        command = [*mpirun, "-n", str(ranks), *python, "-p", "tests.mpi_plugin", "--with-mpi"]
+        env = os.environ | {"HPCMLX_TEST_RANKS": str(ranks), "PYTHONPATH": str(ROOT)}
+        parts.append(run_part(f"mpirun -n {ranks}", [*command, "tests/mpi"], env))
+    print("\n===== all =====")
+    for part in parts:
+        verdict = part.problem or "ok"
+        print(
+            f"{part.name:16} {part.passed:5} passed {part.failed:3} failed {part.skipped:3} skipped"
+            f" {part.seconds:7.1f} s  {verdict}"
+        )
+    failed = sum(part.failed for part in parts)
+    passed, skipped = (sum(getattr(p, k) for p in parts) for k in ("passed", "skipped"))
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
