@@ -1,150 +1,247 @@
-"""The typed configuration of a job: one root dataclass per job, and nothing but plain values in it.
+"""From conf/ and the command line to a checked configuration: Hydra composes, `schema.py` checks.
 
-`hpcmlx.compose` fills these classes from conf/ and the command line; below `job.py` only the values
-travel. What is wrong is refused with the key, the value and what would be right.
+Rank 0 calls `compose` and broadcasts `to_dict`; nothing here knows of MPI or MLX. A configuration
+is data: nothing in it is imported or called, and `_target_` is refused wherever it stands.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import math
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
 
-from hpcmlx.errors import ConfigError
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-T = TypeVar("T")
+from hpcmlx.errors import ConfigError, UsageError
+from hpcmlx.schema import (
+    EvaluateConfig,
+    GenerateConfig,
+    InferenceConfig,
+    JobConfig,
+    LaunchConfig,
+    ModelConfig,
+    ParallelConfig,
+    SamplingConfig,
+    ScoringConfig,
+    config_hash,
+    describe,
+    from_dict,
+    keys,
+    to_dict,
+    unknown_key,
+)
+
+__all__ = [
+    "CommandLine",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "InferenceConfig",
+    "JobConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "SamplingConfig",
+    "ScoringConfig",
+    "compose",
+    "config_hash",
+    "from_dict",
+    "help_text",
+    "parse_command_line",
+    "quote",
+    "to_dict",
+    "to_yaml",
+]
+
+JOBS: dict[str, type[JobConfig]] = {"generate": GenerateConfig, "evaluate": EvaluateConfig}
 
 
-def _key(
-    help: str,
-    default: Any = MISSING,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A configuration key: its help text, its default and the values it accepts.
+@dataclass(frozen=True)
+class CommandLine:
+    """What a job was called with.
 
-    Bounds are `low <= value <= high` and `value > above`; for a list they hold for each element.
-    A list default is copied for every instance.
+    Attributes:
+        overrides: `key=value` and `group=file`, in Hydra's syntax.
+        show: "help" or "config" to print that and end, else "".
     """
-    limits = {"choices": choices, "low": low, "above": above, "high": high}
-    metadata = {"help": help, **limits}
-    if isinstance(default, list):
-        items = list(default)
-        return field(default_factory=lambda: list(items), metadata=metadata)
-    return field(default=default, metadata=metadata)
+
+    overrides: tuple[str, ...]
+    show: str = ""
 
 
-@dataclass
-class ModelConfig:
-    """Which model, and in which number format it computes."""
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Split `sys.argv[1:]` into overrides and the two options, `--help` and `--cfg job`.
 
-    path: str = _key("model directory, .gguf file, or a hub name that was fetched before")
-    dtype: str = _key(
-        "compute type; auto: float32 on a CPU, the checkpoint's own on a GPU",
-        "auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    weights: str = _key(
-        "quantized weights; auto: dequantize on a CPU, keep on a GPU",
-        "auto",
-        choices=("auto", "keep", "dequantize"),
-    )
-
-
-@dataclass
-class ParallelConfig:
-    """The layout of the ranks; dp x pp x tp is the number of ranks."""
-
-    dp: int = _key("replicas of the model, each with its part of the input", 1, low=1)
-    pp: int = _key("pipeline stages: the layers are dealt out", 1, low=1)
-    tp: int = _key("tensor-parallel ranks: every layer is cut", 1, low=1)
-    tp_shares: list[float] | None = _key(
-        "weight of each tensor-parallel rank, as in [2,1]; null: equal", None, above=0
-    )
-    pp_layers: list[int] | None = _key(
-        "layers of each stage, as in [17,13]; null: balanced", None, low=1
-    )
+    Raises:
+        UsageError: anything that is neither.
+    """
+    overrides, show = [], ""
+    args = iter(argv)
+    for arg in args:
+        if arg in ("-h", "--help"):
+            show = "help"
+        elif arg in ("--cfg", "--cfg=job"):
+            if arg == "--cfg" and next(args, None) != "job":
+                raise UsageError("--cfg prints the configuration: write --cfg job")
+            show = show or "config"
+        elif arg.startswith("-"):
+            raise UsageError(f"unknown option {arg}: the options are --help and --cfg job")
+        elif "=" not in arg:
+            raise UsageError(f"{arg!a} is not key=value; --help lists the keys")
+        else:
+            overrides.append(arg)
+    return CommandLine(tuple(overrides), show)
 
 
-@dataclass
-class InferenceConfig:
-    """How the rows are batched."""
+def compose(config_dir: str | Path, job_name: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """The configuration of the job `job_name` from `config_dir` and command-line overrides.
 
-    batch_size: int = _key("rows per microbatch", 8, low=1)
-    num_microbatches: int | None = _key(
-        "microbatches in flight; null: the number of stages", None, low=1
-    )
-    prefill_chunk: int = _key("prompt tokens that go through a stage at once", 512, low=1)
+    Args:
+        config_dir: the conf/ directory.
+        job_name: "generate" or "evaluate": the root file and the dataclass.
+        overrides: `key=value` or `group=file` texts.
 
-
-@dataclass
-class SamplingConfig:
-    """How a token is chosen."""
-
-    temperature: float = _key("0: the most likely token, always", 0.0, low=0)
-    top_p: float = _key("keep the most likely tokens up to this probability", 1.0, above=0, high=1)
-    top_k: int = _key("keep this many tokens; 0: all", 0, low=0)
-    min_p: float = _key("keep tokens at least this times as likely as the first", 0.0, low=0, high=1)
-    seed: int = _key("the draws of a row depend on this and on its id only", 0, low=0)
-    max_tokens: int = _key("new tokens of a row, at most", 256, low=1)
-    stop: list[str] = _key("strings that end a row", [])
-
-
-@dataclass
-class ScoringConfig:
-    """How a text is scored: windows that overlap, each token counted once."""
-
-    window: int = _key("tokens the model sees at once", 512, low=2)
-    stride: int = _key("tokens from one window to the next; at most the window", 256, low=1)
-    max_tokens: int | None = _key("score only this many tokens of the text", None, low=2)
-
-
-@dataclass
-class LaunchConfig:
-    """Whether the job starts its own mpirun."""
-
-    kind: str = _key(
-        "none: this process is a rank; mpirun: start one", "none", choices=("none", "mpirun")
-    )
-    hostfile: str | None = _key("Open MPI hostfile; null: this host, or Slurm's allocation", None)
-    num_ranks: int | None = _key("null: dp x pp x tp, the only number that fits", None, low=1)
+    Raises:
+        UsageError: an override that cannot be read as one.
+        ConfigError: an unknown key or group file, a wrong value, `_target_`, a file that is not
+            plain YAML.
+    """
+    root = Path(config_dir).resolve()
+    cls = JOBS[job_name]
+    texts = [_checked_override(text, root, cls) for text in overrides]
+    try:
+        with initialize_config_dir(str(root), version_base="1.3"):
+            composed = hydra_compose(job_name, texts)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"conf: {' '.join(str(error).split())}") from error
+    raw = OmegaConf.to_container(composed, resolve=False)
+    for key, _ in _leaves(raw):
+        if "_target_" in key:
+            raise ConfigError(f"{key}: a configuration is data and cannot name code; remove it")
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        # Only the first line and only of these two kinds: others quote the value they got.
+        line = str(error).partition("\n")[0]
+        reason = f": {line}" if line.startswith(("Environment variable", "Interpolation key")) else ""
+        raise ConfigError(f"{error.full_key}: its ${{…}} cannot be resolved{reason}") from error
+    unresolved = dict(_interpolated(raw, values, ""))
+    return from_dict(cls, {**_without_missing(values), "unresolved": unresolved})
 
 
-@dataclass
-class JobConfig:
-    """What every job has."""
-
-    input: str = _key("the file the job reads")
-    model: ModelConfig = field(default_factory=ModelConfig)  # type: ignore[call-arg]
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    run_dir: str | None = _key("directory of the results; null: a new one under runs/", None)
+def to_yaml(cfg: JobConfig) -> str:
+    """The configuration as YAML that `compose` would read; interpolations stay as written, so
+    that no environment variable gets into a file."""
+    values = to_dict(cfg)
+    unresolved = values.pop("unresolved")
+    text: str = yaml.safe_dump(_restore(values, unresolved, ""), sort_keys=False, allow_unicode=True)
+    return text
 
 
-@dataclass
-class GenerateConfig(JobConfig):
-    """jobs/generate.py: answers to the prompts of a JSONL file."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-@dataclass
-class EvaluateConfig(JobConfig):
-    """jobs/evaluate.py: the log-probability of every token of a text."""
-
-    evaluate: ScoringConfig = field(default_factory=ScoringConfig)
+def quote(key: str, value: str) -> str:
+    """The override that sets `key` to exactly the text `value`."""
+    literal = value.replace("${", "\\${")
+    return f"{key}={QuotedString(literal, Quote.single).with_quotes()}"
 
 
-def to_dict(cfg: JobConfig) -> dict[str, Any]:
-    """Plain JSON values, for a broadcast; `from_dict` is its inverse. Interpolations are resolved
-    in it, so an environment variable may be in it: save `hpcmlx.compose.to_yaml` instead."""
-    return asdict(cfg)
+def help_text(config_dir: str | Path, job_name: str) -> str:
+    """What can be set: the groups with their files, then every key with type, default, meaning."""
+    cls = JOBS[job_name]
+    lines = ["Groups (group=file):"]
+    for group in sorted(p for p in Path(config_dir).iterdir() if p.is_dir()):
+        lines.append(f"  {group.name:<12} {', '.join(_options(group))}")
+    lines.append("\nKeys (key=value):")
+    for key, kind, item in keys(cls):
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        shown = "required" if default is MISSING else "null" if default is None else default
+        choices = "|".join(item.metadata["choices"]) or describe(kind)
+        lines.append(f"  {key} ({choices}; {shown})\n      {item.metadata['help']}")
+    lines.append("\nOptions: --help, --cfg job (print the configuration and end)")
+    return "\n".join(lines)
+
+
+def _options(group: Path) -> list[str]:
+    return sorted(p.stem for p in group.glob("*.yaml"))
+
+
+def _checked_override(text: str, root: Path, cls: type[JobConfig]) -> str:
+    """The override as Hydra is to get it, or the reason why it cannot be meant."""
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+        sweep = override.is_sweep_override()
+    except HydraException as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"override {text!a} cannot be read: {reason}; quote what has spaces or any of "
+            "{}[]()=,: as in \"input='a=b.jsonl'\""
+        ) from error
+    key = override.key_or_group
+    if override.is_delete() or override.package is not None:
+        raise UsageError(f"override {text!a}: only key=value and group=file are understood")
+    if sweep:
+        raise UsageError(f"override {text!a} has several values; a list is written {key}=[a,b]")
+    if "_target_" in text:
+        raise ConfigError(f"{key}: a configuration is data and cannot name code (_target_)")
+    if (root / key).is_dir() and "/" not in key:
+        options = _options(root / key)
+        if override.value() not in [*options, None]:
+            raise ConfigError(
+                f"conf/{key} has no {override.get_value_element_as_str()}; there are: "
+                f"{', '.join(options)}"
+            )
+        return text.lstrip("+")
+    valid = [k for k, _, _ in keys(cls)]
+    if not any(k == key or k.startswith(f"{key}.") for k in valid):
+        raise unknown_key(cls, key)
+    # `++`: set it whether or not a file of conf/ does; the dataclass says what exists.
+    return "++" + text.lstrip("+")
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is neither a group nor a list."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _leaves(value, f"{key}[{i}]")
+    else:
+        yield key, node
+
+
+def _interpolated(raw: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) where the text of the file or override is not the value."""
+    if isinstance(raw, dict) and isinstance(value, dict):
+        for name in raw:
+            yield from _interpolated(raw[name], value[name], f"{key}.{name}" if key else str(name))
+    elif isinstance(raw, list) and isinstance(value, list):
+        for i, item in enumerate(raw):
+            yield from _interpolated(item, value[i], f"{key}[{i}]")
+    elif isinstance(raw, str) and raw != value:
+        yield key, raw
+
+
+def _restore(node: Any, unresolved: dict[str, str], key: str) -> Any:
+    """`node` with the texts of `unresolved` put back."""
+    if key in unresolved:
+        return unresolved[key]
+    if isinstance(node, dict):
+        prefix = f"{key}." if key else ""
+        return {name: _restore(v, unresolved, f"{prefix}{name}") for name, v in node.items()}
+    if isinstance(node, list):
+        return [_restore(v, unresolved, f"{key}[{i}]") for i, v in enumerate(node)]
+    return node
+
+
+def _without_missing(node: Any) -> Any:
+    """`node` without the keys whose value is `???`, OmegaConf's mark for "must be given"."""
+    if isinstance(node, dict):
+        return {name: _without_missing(v) for name, v in node.items() if v != "???"}
+    return node

@@ -8,10 +8,12 @@ dropped by mlx-lm itself, so the base below carries the names that most of them 
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
@@ -232,7 +234,7 @@ _add("minimax_m3_vl", text_config=_text(
 _add("muse_spark", text_config=_text(
     MOE, post_norm_eps=1e-5, rope_parameters=ROPE_DEFAULT, layer_rope_theta=[10000.0] * 4,
     layer_types=[SLIDING, FULL, SLIDING, FULL], sliding_window=4, final_logit_softcapping=20.0,
-    output_multiplier=0.5, moe_hidden_size=16,
+    output_multiplier=0.5, moe_hidden_size=16, num_shared_experts=0,
     mlp_layer_types=["sparse"] * 4))  # fmt: skip
 _add("phimoe", MOE, rope_scaling={
     "type": "longrope", "long_mscale": 1.2, "short_mscale": 1.1,
@@ -315,6 +317,11 @@ _add("plamo2", MAMBA2, hidden_size_per_head=8, mamba_step=2, attention_window_si
      full_attention_idx=[], mamba_head_dim=16)  # fmt: skip
 _add("qwen3_next", MOE, GATED_DELTA, partial_rotary_factor=0.5, full_attention_interval=2)
 QWEN35 = {**GATED_DELTA, "full_attention_interval": 2}
+_add("prism_hadamard_qwen35", schema_version=1, tensor_namespace="mlx-lm-text",
+     quantization={"bits": 2, "group_size": 128, "mode": "affine"},
+     modules=[{"path": f"model.layers.{i}.mlp.up_proj", "block": 0, "embedding": False,
+               "dtype": "float16"} for i in (1, 2)],
+     text_config=_text(QWEN35, hidden_size=128, model_type="qwen3_5_text"))  # fmt: skip
 _add("qwen3_5", text_config=_text(QWEN35, model_type="qwen3_5_text"))
 _add("qwen3_5_moe", text_config=_text(MOE, QWEN35, model_type="qwen3_5_moe_text"))
 _add("recurrent_gemma", conv1d_width=4, logits_soft_cap=30.0, attention_window_size=4,
@@ -342,8 +349,28 @@ _add("gemma4", text_config=_text(GEMMA4, model_type="gemma4_text"))
 def new(model_type: str) -> nn.Module:
     """The mlx-lm model of `CONFIGS[model_type]`, its parameters lazy and not yet randomised."""
     model_class, args_class = _get_classes(CONFIGS[model_type])
-    model = model_class(args_class.from_dict(CONFIGS[model_type]))
-    return model.eval()
+    return model_class(args_class.from_dict(CONFIGS[model_type])).eval()
+
+
+@lru_cache(maxsize=2)
+def _weights(model_type: str, seed: int) -> list[tuple[str, mx.array]]:
+    weights = []
+    for name, value in tree_flatten(new(model_type).parameters()):
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        if mx.issubdtype(value.dtype, mx.floating):
+            noise = rng.standard_normal(value.shape, dtype=np.float32)
+            # Matrices get the scale that keeps activations of order one; vectors stay near the
+            # value that the module gives them.
+            noise = noise / value.shape[-1] ** 0.5 if value.ndim > 1 else 0.2 * noise
+            start = 0 if value.ndim > 1 else value
+            weights.append((name, (start + mx.array(noise)).astype(value.dtype)))
+        elif value.dtype == mx.uint32:  # packed quantized weights
+            packed = rng.integers(0, 2**32, value.shape, dtype=np.uint32)
+            weights.append((name, mx.array(packed)))
+        else:
+            weights.append((name, value))
+    mx.eval(weights)
+    return weights
 
 
 def build(model_type: str, seed: int = 0) -> nn.Module:
@@ -353,16 +380,5 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
     swaps one of them must show.
     """
     model = new(model_type)
-    weights = []
-    for name, value in tree_flatten(model.parameters()):
-        if not mx.issubdtype(value.dtype, mx.floating):
-            weights.append((name, value))
-            continue
-        key = mx.random.key(seed ^ zlib.crc32(name.encode()))
-        noise = mx.random.normal(value.shape, key=key)
-        # Matrices get the scale that keeps activations of order one; vectors stay near their value.
-        fan_in = value.shape[-1] if value.ndim > 1 else 0
-        weights.append((name, noise / fan_in**0.5 if fan_in else value + 0.2 * noise))
-    model.load_weights(weights)
-    mx.eval(model.parameters())
+    model.load_weights(_weights(model_type, seed))
     return model

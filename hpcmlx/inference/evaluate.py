@@ -23,8 +23,8 @@ class LogProbs:
 
     Attributes:
         tokens: [n] int32, the text.
-        logprobs: [n] float32, log p(token | the tokens before it in its window), in nats; NaN for
-            the first token of each window, which nothing predicts.
+        logprobs: [n] float32, log p(token | the tokens before it in its window), in nats; NaN where
+            nothing predicts a token: the first one, and every window's first without overlap.
     """
 
     tokens: np.ndarray
@@ -49,14 +49,18 @@ def score_tokens(
     mesh: Mesh,
     tokens: Sequence[int],
     window: int,
+    stride: int | None = None,
     batch_size: int = 1,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
 ) -> LogProbs | None:
-    """Score a text in windows that do not overlap, dealt out over the replicas.
+    """Score a text in windows, dealt out over the replicas. Each token is scored once, in the first
+    window that reaches it, so overlapping windows give it at least `window - stride` tokens of
+    context.
 
     Args:
         tokens: the whole text, at least two tokens.
         window: tokens per window; a longer one gives each token more context.
+        stride: tokens from one window's start to the next; None is `window` (no overlap).
         batch_size: full windows per forward pass.
         on_batch: told how many tokens each forward pass covered.
 
@@ -64,9 +68,10 @@ def score_tokens(
         On world rank 0 the scores, None elsewhere.
     """
     link, stage = StageLink(mesh, loaded.stage), loaded.stage
-    starts = _batches(len(tokens), window, batch_size)
+    stride = stride or window
+    batches = _batches(len(tokens), window, stride, batch_size)
     mine: list[tuple[list[int], np.ndarray]] = []
-    for batch in starts[mesh.dp :: mesh.dims.dp]:
+    for batch in batches[mesh.dp :: mesh.dims.dp]:
         rows = mx.array([tokens[start : start + window] for start in batch], mx.int32)
         inputs = [] if stage.first else link.receive(*rows.shape)
         outputs = stage(rows, inputs, None)
@@ -83,17 +88,22 @@ def score_tokens(
     logprobs = np.full(len(tokens), np.nan, np.float32)
     for batch, values in (part for parts in everything for part in parts):
         for start, row in zip(batch, values, strict=True):
-            logprobs[start + 1 : start + 1 + len(row)] = row
+            # What the window before has scored, with more context behind it, stays.
+            first = start + window - stride if start else 1
+            first = max(first, start + 1)
+            logprobs[first : start + 1 + len(row)] = row[first - start - 1 :]
     return LogProbs(np.array(tokens, np.int32), logprobs)
 
 
-def _batches(num_tokens: int, window: int, batch_size: int) -> list[list[int]]:
+def _batches(num_tokens: int, window: int, stride: int, batch_size: int) -> list[list[int]]:
     """Window starts, grouped so that the windows of a group have one length."""
-    full = [s for s in range(0, num_tokens, window) if s + window <= num_tokens]
+    starts = [0]
+    while starts[-1] + window < num_tokens:
+        starts.append(starts[-1] + stride)
+    full = [start for start in starts if start + window <= num_tokens]
     batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
-    rest = len(full) * window
-    if num_tokens - rest > 1:  # a single token is predicted by nothing
-        batches.append([rest])
+    # A window of a single token scores nothing.
+    batches += [[start] for start in starts[len(full) :] if num_tokens - start > 1]
     return batches
 
 

@@ -20,14 +20,8 @@ from hpcmlx.models.checkpoint import Checkpoint, open_checkpoint
 from hpcmlx.models.plans import plan_for
 from hpcmlx.models.skeleton import Quantization, Skeleton, WeightFormat, build_skeleton
 from hpcmlx.parallel.partition import Cut, Interval, balance_layers, offsets
-from hpcmlx.parallel.pipeline import (
-    Dataflow,
-    Stage,
-    build_stage,
-    check_layers,
-    find_layers,
-    trace,
-)
+from hpcmlx.parallel.dataflow import LOGITS, Dataflow, find_layers, trace
+from hpcmlx.parallel.pipeline import Stage, build_stage, check_layers
 from hpcmlx.parallel.tensor import Shares, apply_plan, vocab_interval
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -103,10 +97,10 @@ def load_model(
     cuts: dict[str, Cut] = {}
     interval = (0, vocab)
     if mesh.dims.tp > 1:
-        plan = plan_for(skeleton.config)
+        plan = plan_for(skeleton.model_type)
         shares = Shares(tuple(tp_shares) if tp_shares else (1.0,) * mesh.dims.tp)
         cuts = apply_plan(model, plan, mesh.tp_group, shares)
-        interval = vocab_interval(model, cuts, vocab)
+        interval = vocab_interval(model) or interval
     ranges = stage_layers(num_layers, mesh.dims.pp, pp_layers, flow, sizes)
     check_layers(num_layers, ranges)
     stage = build_stage(model, flow, *ranges[mesh.pp])
@@ -162,8 +156,12 @@ def stage_layers(
             f"parallel.pp={num_stages} stages but the model has {num_layers} layers; "
             f"use parallel.pp={num_layers} at most"
         )
-    costs = [sum(sizes[p] for p in flow.layer_parameters(i)) for i in range(num_layers)]
-    head = sum(sizes[p] for p in flow.head_parameters())
+    costs = [0] * num_layers
+    for path, layer in flow.parameter_layer.items():
+        if layer is not None:
+            costs[layer] += sizes[path]
+    head_parameters = flow.needs[LOGITS].parameters
+    head = sum(sizes[path] for path in head_parameters if flow.parameter_layer[path] is None)
     return offsets(balance_layers(costs, num_stages, last_cost=head))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from hpcmlx.errors import ConfigError
@@ -155,6 +155,11 @@ def subclass_call(module: nn.Module, call: Callable[..., Any]) -> None:
     module.__class__ = type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
 
 
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+    """The hidden state of a layer's call: its first argument, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def flatten(tree: Any) -> list[Any]:
     """Leaves of nested tuples, lists, dicts and mlx-lm's own records, in a fixed order."""
     parts = _parts(tree)
@@ -242,7 +247,8 @@ class _Trace:
 
     def placeholder(self, like: mx.array, kind: str, what: Any) -> mx.array:
         """A fresh tracer of the same shape; the graph of its users ends at its name."""
-        fresh = mx.broadcast_to(self.seed.astype(like.dtype), like.shape)
+        # stop_gradient always makes a node; the others hand a scalar through.
+        fresh = mx.stop_gradient(mx.broadcast_to(self.seed.astype(like.dtype), like.shape))
         self.name(fresh, kind, what)
         # A second node: in-place updates rebind the array that is handed out.
         return mx.stop_gradient(fresh)
@@ -250,8 +256,17 @@ class _Trace:
     def layer_call(self, index: int, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         for entry in self._entries([args, kwargs]):
             self.used.setdefault(index, set()).add(entry)
-        first = tuple(args[0].shape) if args and isinstance(args[0], mx.array) else ()
-        output = call(*args, **kwargs)
+        hidden = first_argument(args, kwargs)
+        first = tuple(hidden.shape)
+        try:
+            output = call(*args, **kwargs)
+        except ValueError as exc:
+            if "[eval]" not in str(exc):
+                raise
+            # The layer reads values (experts chosen in Python). Take it for what layers are: one
+            # array like its input, made of its arguments and its own parameters and caches.
+            others = [a for a in flatten([args, kwargs]) if isinstance(a, mx.array)]
+            output = hidden + sum(mx.sum(a.astype(hidden.dtype)) for a in others)
         leaves = flatten(output)
         self.calls.setdefault(index, []).append((output, first))
         for position, leaf in enumerate(leaves):
@@ -393,8 +408,10 @@ class _Tracer:
         def traced(tokens: mx.array, seed: mx.array) -> mx.array:
             run = _Trace(caches, seed)
             result.append(run)
-            for name, value in self.unique:
-                run.name(value, "param", name)
+            # Tracers in the place of the weights too: a compiled function called on plain arrays
+            # would share its graph's operations between calls, and the graph would mix them up.
+            held = {id(v): run.placeholder(v, "param", n) for n, v in self.unique}
+            self.model.update(tree_unflatten([(n, held[id(v)]) for n, v in self.parameters]))
             run.hold_caches()
             position = {id(layer): index for index, layer in enumerate(self.layers)}
 

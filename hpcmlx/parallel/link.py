@@ -27,16 +27,22 @@ class StageLink:
     def receive(self, batch: int, length: int) -> list[mx.array]:
         """The arrays that this stage takes from the one before, for tokens [batch, length]."""
         source = self.mesh.replica_rank(self.mesh.pp - 1, self.mesh.tp)
-        pending = [
-            self.mesh.replica.irecv(leaf.shape(batch, length), leaf.dtype, source, tag)
-            for tag, leaf in enumerate(self.stage.receives)
-        ]
+        pending = []
+        for tag, leaf in enumerate(self.stage.receives):
+            shape = leaf.shape(batch, length)
+            if not leaf.fixed:  # grows with the cache: its sender tells
+                told = self.mesh.replica.irecv((len(shape),), mx.int32, source, tag).wait()
+                shape = tuple(told.tolist())
+            pending.append(self.mesh.replica.irecv(shape, leaf.dtype, source, tag))
         return [p.wait() for p in pending]
 
     def send(self, arrays: Sequence[mx.array]) -> None:
         """Pass evaluated arrays to the next stage; returns at once."""
         target = self.mesh.replica_rank(self.mesh.pp + 1, self.mesh.tp)
-        for tag, array in enumerate(arrays):
+        for tag, (leaf, array) in enumerate(zip(self.stage.sends, arrays, strict=True)):
+            if not leaf.fixed:
+                shape = mx.array(array.shape, mx.int32)
+                self._keep(self.mesh.replica.isend(shape, target, tag))
             self._keep(self.mesh.replica.isend(array, target, tag))
 
     def send_tokens(self, tokens: mx.array) -> None:

@@ -23,6 +23,7 @@ from hpcmlx.parallel.dataflow import (
     Leaf,
     Output,
     find_layers,
+    first_argument,
     flatten,
     rebuild,
     subclass_call,
@@ -270,24 +271,26 @@ def _pass_through(stage: Stage, flow: Dataflow, output: Output, index: int) -> C
     received = {(leaf.layer, leaf.index) for leaf in stage.receives}
     keys = [(index, position) for position in range(len(leaves))]
 
-    def stand_in(key: Key, leaf: Any, h: mx.array) -> Any:
+    def stand_in(key: Key, leaf: Any, hidden: mx.array) -> Any:
         if key in received:
             return stage._arrays[key]
         if leaf != key:
             return leaf  # not an array: None or a setting
         if key in flow.passed:
-            return h
+            return hidden
         array = flow.leaves[key]
         return mx.zeros(array.shape(*stage._size), array.dtype)
 
-    def call(layer: nn.Module, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        return rebuild(structure, (stand_in(k, v, h) for k, v in zip(keys, leaves, strict=True)))
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = first_argument(args, kwargs)
+        parts = (stand_in(key, leaf, hidden) for key, leaf in zip(keys, leaves, strict=True))
+        return rebuild(structure, parts)
 
-    def call_received(layer: nn.Module, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def call_received(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stage._arrays[index, 0]
 
-    def call_input(layer: nn.Module, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        return h
+    def call_input(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return first_argument(args, kwargs)
 
     if structure is None:  # one array, as almost always
         if (index, 0) in received:
