@@ -157,12 +157,14 @@ def init() -> Communicator:
 
 
 def launched_by_mpi() -> bool:
-    """Whether mpirun, or srun with PMIx, started this process.
+    """Whether mpirun, or srun with PMIx, started this process as one of several.
 
     Raises:
         UsageError: srun started several processes in a way that MPI cannot join.
     """
-    if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ:
+    if (size := os.environ.get("OMPI_COMM_WORLD_SIZE")) is not None:
+        return int(size) > 1  # `mpirun -n 1` is a world of size 1 like any other
+    if "PMIX_RANK" in os.environ:
         return True
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         raise UsageError(

@@ -6,10 +6,11 @@ is data: nothing in it is imported or called, and `_target_` is refused wherever
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -60,7 +61,7 @@ __all__ = [
     "to_yaml",
 ]
 
-JOBS: dict[str, type[JobConfig]] = {"generate": GenerateConfig, "evaluate": EvaluateConfig}
+T = TypeVar("T", bound=JobConfig)
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,15 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     return CommandLine(tuple(overrides), show)
 
 
-def compose(config_dir: str | Path, job_name: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """The configuration of the job `job_name` from `config_dir` and command-line overrides.
+def compose(
+    cls: type[T], config_dir: str | Path, job_name: str, overrides: Sequence[str] = ()
+) -> T:
+    """The configuration of a job from `config_dir` and command-line overrides.
 
     Args:
+        cls: the job's dataclass (`GenerateConfig`).
         config_dir: the conf/ directory.
-        job_name: "generate" or "evaluate": the root file and the dataclass.
+        job_name: the root file in it, without `.yaml` ("generate").
         overrides: `key=value` or `group=file` texts.
 
     Raises:
@@ -114,7 +118,6 @@ def compose(config_dir: str | Path, job_name: str, overrides: Sequence[str] = ()
             plain YAML.
     """
     root = Path(config_dir).resolve()
-    cls = JOBS[job_name]
     texts = [_checked_override(text, root, cls) for text in overrides]
     try:
         with initialize_config_dir(str(root), version_base="1.3"):
@@ -122,16 +125,15 @@ def compose(config_dir: str | Path, job_name: str, overrides: Sequence[str] = ()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"conf: {' '.join(str(error).split())}") from error
     raw = OmegaConf.to_container(composed, resolve=False)
-    for key, _ in _leaves(raw):
-        if "_target_" in key:
-            raise ConfigError(f"{key}: a configuration is data and cannot name code; remove it")
+    for key in _leaf_keys(raw):
+        _refuse_target(key)
     try:
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        # Only the first line and only of these two kinds: others quote the value they got.
-        line = str(error).partition("\n")[0]
-        reason = f": {line}" if line.startswith(("Environment variable", "Interpolation key")) else ""
-        raise ConfigError(f"{error.full_key}: its ${{…}} cannot be resolved{reason}") from error
+        # Nothing else of the message: it may quote a value that came from the environment.
+        match = re.search(r"(Environment variable|Interpolation key) '[^']*' not found", str(error))
+        reason = f": {match[0]}" if match else ""
+        raise ConfigError(f"{error.full_key}: its ${{…}} cannot be resolved{reason}") from None
     unresolved = dict(_interpolated(raw, values, ""))
     return from_dict(cls, {**_without_missing(values), "unresolved": unresolved})
 
@@ -141,7 +143,9 @@ def to_yaml(cfg: JobConfig) -> str:
     that no environment variable gets into a file."""
     values = to_dict(cfg)
     unresolved = values.pop("unresolved")
-    text: str = yaml.safe_dump(_restore(values, unresolved, ""), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(
+        _restore(values, unresolved, ""), sort_keys=False, allow_unicode=True
+    )
     return text
 
 
@@ -151,9 +155,8 @@ def quote(key: str, value: str) -> str:
     return f"{key}={QuotedString(literal, Quote.single).with_quotes()}"
 
 
-def help_text(config_dir: str | Path, job_name: str) -> str:
+def help_text(cls: type[JobConfig], config_dir: str | Path) -> str:
     """What can be set: the groups with their files, then every key with type, default, meaning."""
-    cls = JOBS[job_name]
     lines = ["Groups (group=file):"]
     for group in sorted(p for p in Path(config_dir).iterdir() if p.is_dir()):
         lines.append(f"  {group.name:<12} {', '.join(_options(group))}")
@@ -187,8 +190,9 @@ def _checked_override(text: str, root: Path, cls: type[JobConfig]) -> str:
         raise UsageError(f"override {text!a}: only key=value and group=file are understood")
     if sweep:
         raise UsageError(f"override {text!a} has several values; a list is written {key}=[a,b]")
-    if "_target_" in text:
-        raise ConfigError(f"{key}: a configuration is data and cannot name code (_target_)")
+    _refuse_target(key)
+    if not key:
+        raise UsageError(f"override {text!a} has no key; --help lists them")
     if (root / key).is_dir() and "/" not in key:
         options = _options(root / key)
         if override.value() not in [*options, None]:
@@ -204,16 +208,21 @@ def _checked_override(text: str, root: Path, cls: type[JobConfig]) -> str:
     return "++" + text.lstrip("+")
 
 
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is neither a group nor a list."""
+def _refuse_target(key: str) -> None:
+    if "_target_" in re.split(r"[.\[]", key):
+        raise ConfigError(f"{key}: a configuration is data and cannot name code; remove it")
+
+
+def _leaf_keys(node: Any, key: str = "") -> Iterator[str]:
+    """The dotted key of everything that is neither a group nor a list."""
     if isinstance(node, dict):
         for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+            yield from _leaf_keys(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
         for i, value in enumerate(node):
-            yield from _leaves(value, f"{key}[{i}]")
+            yield from _leaf_keys(value, f"{key}[{i}]")
     else:
-        yield key, node
+        yield key
 
 
 def _interpolated(raw: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:

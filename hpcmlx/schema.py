@@ -44,7 +44,7 @@ def _key(
     return field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelConfig:
     """Which model, and in which number format it computes."""
 
@@ -61,7 +61,7 @@ class ModelConfig:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ParallelConfig:
     """The layout of the ranks; dp x pp x tp is the number of ranks."""
 
@@ -76,7 +76,7 @@ class ParallelConfig:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferenceConfig:
     """How the rows are batched."""
 
@@ -87,20 +87,22 @@ class InferenceConfig:
     prefill_chunk: int = _key("prompt tokens that go through a stage at once", 512, low=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SamplingConfig:
     """How a token is chosen."""
 
     temperature: float = _key("0: the most likely token, always", 0.0, low=0)
     top_p: float = _key("keep the most likely tokens up to this probability", 1.0, above=0, high=1)
     top_k: int = _key("keep this many tokens; 0: all", 0, low=0)
-    min_p: float = _key("keep tokens at least this times as likely as the first", 0.0, low=0, high=1)
+    min_p: float = _key(
+        "keep tokens with at least this share of the top probability", 0.0, low=0, high=1
+    )
     seed: int = _key("the draws of a row depend on this and on its id only", 0, low=0)
     max_tokens: int = _key("new tokens of a row, at most", 256, low=1)
     stop: list[str] = _key("strings that end a row", [])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ScoringConfig:
     """How a text is scored: windows that overlap, each token counted once."""
 
@@ -109,7 +111,7 @@ class ScoringConfig:
     max_tokens: int | None = _key("score only this many tokens of the text", None, low=2)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LaunchConfig:
     """Whether the job starts its own mpirun."""
 
@@ -120,7 +122,7 @@ class LaunchConfig:
     num_ranks: int | None = _key("null: dp x pp x tp, the only number that fits", None, low=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class JobConfig:
     """What every job has."""
 
@@ -134,19 +136,18 @@ class JobConfig:
     unresolved: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GenerateConfig(JobConfig):
     """jobs/generate.py: answers to the prompts of a JSONL file."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluateConfig(JobConfig):
     """jobs/evaluate.py: the log-probability of every token of a text."""
 
     evaluate: ScoringConfig = field(default_factory=ScoringConfig)
-
 
 
 def to_dict(cfg: JobConfig) -> dict[str, Any]:
@@ -229,6 +230,14 @@ def _refuse_unknown(cls: type, values: Mapping[Any, Any], prefix: str) -> None:
             _refuse_unknown(cls, value, f"{key}.")
 
 
+def _text(key: str, value: Any, shown: Mapping[str, str]) -> str:
+    """`value` for a message; never what an interpolation has put there, which may be a secret."""
+    for written, text in shown.items():
+        if key == written or key.startswith((f"{written}.", f"{written}[")):
+            return text
+    return json.dumps(value, default=str)
+
+
 def _convert(kind: Any, value: Any, key: str, shown: Mapping[str, str]) -> Any:
     """`value` as type `kind`, or a ConfigError that names `key`.
 
@@ -250,14 +259,14 @@ def _convert(kind: Any, value: Any, key: str, shown: Mapping[str, str]) -> Any:
             return kind(value)
         except (ValueError, OverflowError):
             pass
-    text = shown.get(key, json.dumps(value, default=str))
+    text = _text(key, value, shown)
     hint = f" (quote it: {key}=\"'...'\")" if kind is str and isinstance(value, int | float) else ""
     raise ConfigError(f"{key}={text}: expected {describe(kind)}{hint}")
 
 
 def _convert_group(cls: Any, value: Any, key: str, shown: Mapping[str, str]) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}={json.dumps(value, default=str)}: expected a group of keys")
+        raise ConfigError(f"{key}={_text(key, value, shown)}: expected a group of keys")
     prefix = f"{key}." if key else ""
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls) if f.name != "unresolved"}
@@ -271,7 +280,8 @@ def _convert_group(cls: Any, value: Any, key: str, shown: Mapping[str, str]) -> 
         if is_dataclass(hints[name]):
             done[name] = _convert(hints[name], {}, f"{prefix}{name}", shown)
         else:
-            raise ConfigError(f"{prefix}{name} is not set: {item.metadata['help']}")
+            full = f"{prefix}{name}"
+            raise ConfigError(f"{full} is not set; give {full}=… ({item.metadata['help']})")
     return cls(**done)
 
 
@@ -280,7 +290,7 @@ def _check_range(item: Any, value: Any, key: str, shown: Mapping[str, str]) -> N
     limits = item.metadata
     if not limits or value is None:
         return
-    text = shown.get(key, json.dumps(value))
+    text = _text(key, value, shown)
     if limits["choices"] and value not in limits["choices"]:
         near = difflib.get_close_matches(value, limits["choices"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -322,7 +332,8 @@ def _check_together(cfg: JobConfig) -> None:
         )
     if isinstance(cfg, GenerateConfig) and "" in cfg.sampling.stop:
         raise ConfigError("sampling.stop has an empty string, which would end every row at once")
-    names = (cfg.model.path, cfg.input, cfg.run_dir, launch.hostfile)
-    for key, name in zip(PATH_KEYS, names, strict=True):
-        if name is not None and (not name.strip() or not name.isprintable()):
-            raise ConfigError(f"{key}={name!a}: empty, or has a control character")
+    paths = (cfg.model.path, cfg.input, cfg.run_dir, launch.hostfile)
+    for key, path in zip(PATH_KEYS, paths, strict=True):
+        if path is not None and (not path.strip() or not path.isprintable()):
+            text = _text(key, path, cfg.unresolved)
+            raise ConfigError(f"{key}={text}: empty, or has a control character")

@@ -15,7 +15,14 @@ class Layout:
     pp: int = 1
     tp: int = 1
     tp_shares: tuple[float, ...] | None = None
-    pp_layers: tuple[int, ...] | None = None
+    pp_layers: tuple[int, ...] | None = None  # 0 stands for all the rest
+
+    def layers(self, num_layers: int) -> list[int] | None:
+        """`parallel.pp_layers` for a model of `num_layers`."""
+        if self.pp_layers is None:
+            return None
+        rest = num_layers - sum(self.pp_layers)
+        return [n or rest for n in self.pp_layers]
 
     @property
     def dims(self) -> ParallelDims:
@@ -27,10 +34,10 @@ class Layout:
         return f"{self.dims}{shares}{layers}"
 
 
-# Any model with four layers and enough heads.
+# Any model with at least four layers and two query heads per rank or so.
 TINY = {
     1: [Layout()],
-    2: [Layout(tp=2), Layout(pp=2), Layout(tp=2, tp_shares=(2, 1)), Layout(pp=2, pp_layers=(3, 1))],
+    2: [Layout(tp=2), Layout(pp=2), Layout(tp=2, tp_shares=(2, 1)), Layout(pp=2, pp_layers=(0, 1))],
     3: [Layout(tp=3), Layout(pp=3)],
     4: [Layout(pp=2, tp=2), Layout(dp=2, pp=2), Layout(dp=2, tp=2)],
 }

@@ -1,7 +1,7 @@
 """One tiny random model per architecture of mlx-lm: what the pipeline's tests run over.
 
-A config holds what `ModelArgs` of the module needs and little else: hidden size 32, four layers (more
-where the layer pattern asks for it), a vocabulary of 128. Keys that a `ModelArgs` does not know are
+A config holds what `ModelArgs` of the module needs and little else: hidden size 32, four layers
+(more where the layer pattern asks for it), a vocabulary of 128. Keys that a `ModelArgs` does not know are
 dropped by mlx-lm itself, so the base below carries the names that most of them share.
 """
 
@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
@@ -196,7 +196,7 @@ _add("dbrx", d_model=32, n_layers=4, n_heads=4,
      attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0})  # fmt: skip
 _add("deepseek", MOE)
 _add("ernie4_5_moe", use_bias=False, moe_num_experts=4, moe_layer_start_index=1,
-     moe_intermediate_size=16, moe_capacity=[4, 4, 4], moe_k=2, moe_num_shared_experts=1)  # fmt: skip
+     moe_intermediate_size=16, moe_capacity=[4, 4], moe_k=2, moe_num_shared_experts=1)  # fmt: skip
 _add("exaone_moe", MOE, sliding_window=4, layer_types=[SLIDING, FULL, SLIDING, FULL],
      is_moe_layer=[False, True, True, True])  # fmt: skip
 _add("glm4_moe", MOE, rope_scaling=None, use_qk_norm=True, partial_rotary_factor=0.5)
@@ -335,7 +335,8 @@ _add("afm7", hidden_dim=32, num_layers=4, num_kv_reuse_layers=2, num_heads=4, nu
 _add("gemma3n", text_config=_text(
     model_type="gemma3n_text", num_kv_shared_layers=2, vocab_size_per_layer_input=128,
     sliding_window=4, rope_local_base_freq=10000.0, final_logit_softcapping=30.0,
-    layer_types=[SLIDING, FULL, SLIDING, FULL], activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    num_hidden_layers=6, layer_types=[SLIDING, FULL] * 3,
+    activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0, 0.0, 0.0],
     hidden_size_per_layer_input=8, altup_num_inputs=2, altup_coef_clip=120.0,
     altup_correct_scale=True, altup_active_idx=0, laurel_rank=4))  # fmt: skip
 GEMMA4 = {

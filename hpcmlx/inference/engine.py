@@ -7,6 +7,7 @@ has work while the others compute; only activations and sampled tokens travel.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,11 +17,14 @@ from typing import Any
 import mlx.core as mx
 
 from hpcmlx.comm import Pending
+from hpcmlx.inference.batching import merge_caches, why_not_batched
 from hpcmlx.inference.request import Request
 from hpcmlx.inference.sampling import Sampler
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.parallel.link import StageLink
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,27 @@ class Engine:
         self.stage, self.mesh, self.tokenizer = loaded.stage, mesh, tokenizer
         self.link = StageLink(mesh, loaded.stage)
         self.sampler = Sampler(mesh.tp_group, loaded.vocab_interval, loaded.vocab_size)
-        self.batch_size, self.prefill_chunk = batch_size, prefill_chunk
+        self.prefill_chunk = prefill_chunk
+        self.batch_size = self._batch_size(batch_size)
         self.slots = [_Slot() for _ in range(num_microbatches or mesh.dims.pp)]
         # On one stage the next step can start before the host has seen this one's tokens.
         self.lookahead = mesh.dims.pp == 1
         self.eos = set(tokenizer.eos_token_ids)
         self.stats = Stats()
+
+    def _batch_size(self, wanted: int) -> int:
+        if wanted == 1:
+            return 1
+        reasons = self.mesh.replica.allgather(why_not_batched(self.stage))
+        if reason := next(filter(None, reasons), None):
+            _log.warning(
+                "this model cannot step rows of different lengths together (%s): one row "
+                "at a time instead of %d",
+                reason,
+                wanted,
+            )
+            return 1
+        return wanted
 
     def run(self, requests: Sequence[Request], on_row: Callable[[RowResult], None]) -> Stats:
         """Generate every request; `on_row` gets each row as it finishes, on every rank."""
@@ -257,9 +276,9 @@ class Engine:
         if self.batch_size == 1:
             slot.caches = new_caches[0]
         else:
-            merged = [caches[0].merge(caches) for caches in zip(*new_caches, strict=True)]
-            for old, new in zip(slot.caches, merged, strict=False):
-                old.extend(new)
+            merged = merge_caches(new_caches)
+            for batch, joining in zip(slot.caches, merged, strict=False):
+                batch.extend(joining)
             slot.caches = slot.caches or merged
         self.stats.prefill_seconds += time.perf_counter() - begin
         return new

@@ -292,7 +292,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             config["quantization_config"] = json.loads(extra.read_text(encoding="utf-8"))
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: not a readable model config ({error})") from error
-    if not isinstance(config.get("model_type"), str):
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{file}: model_type is missing")
     _refuse_code(file, config)
     return config

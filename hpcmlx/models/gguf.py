@@ -105,7 +105,8 @@ class GGUFCheckpoint:
         """
         source, info = self._sources[name], self.tensors[name]
         shape = info.shape if cut is None else cut.shape(info.shape)
-        rows, columns = ((0, info.shape[0]),), None
+        rows: tuple[Interval, ...] = ((0, info.shape[0]),)
+        columns: tuple[Interval, ...] | None = None
         if cut is not None and cut.axis == 0:
             rows = cut.intervals
         elif cut is not None:
@@ -174,7 +175,7 @@ class GGUFCheckpoint:
             with np.errstate(over="ignore"):
                 return scales * np.float16(-8 if kind == Kind.Q4_0 else -128)
         if kind == Kind.Q8_0:
-            packed = raw[..., 2:] ^ 0x80  # int8 plus 128
+            packed: Bytes = raw[..., 2:] ^ np.uint8(0x80)  # int8 plus 128
         else:
             # GGUF packs element i with i + 16, MLX packs 2i with 2i + 1.
             packed = raw[..., -16:]

@@ -80,11 +80,11 @@ def save_gguf_tokenizer(metadata: Mapping[str, Any], target: Path) -> None:
         )
     else:
         raise ConfigError(f"tokenizer.ggml.model={kind!r} is not supported (gpt2 and llama are)")
-    for token, token_type in zip(tokens, value("token_type", ()), strict=False):
+    for text, token_type in zip(tokens, value("token_type", ()), strict=False):
         if token_type == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+            tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
         elif token_type == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+            tokenizer.add_tokens([AddedToken(text, normalized=False)])
     if tokenizer.get_vocab_size(with_added_tokens=True) != len(tokens):
         raise ConfigError("the GGUF file's special tokens are not in its vocabulary")
 
@@ -117,7 +117,7 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], rule: str | None) 
             f"tokenizer.ggml.pre={rule!r}: it is not known how this tokenizer splits text; "
             "use the model's safetensors directory"
         )
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
@@ -129,7 +129,9 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], rule: str | None) 
     if split == _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     if split in ("digits", "gpt2"):
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        steps: list[pre_tokenizers.PreTokenizer] = [
+            pre_tokenizers.ByteLevel(add_prefix_space=False)
+        ]
         if split == "digits":
             steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     else:

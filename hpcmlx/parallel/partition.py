@@ -7,10 +7,10 @@ layers), then turned into a `Cut`: the positions along one axis of one tensor th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import gcd, lcm
+from math import gcd, inf, lcm
 
 Interval = tuple[int, int]
 
@@ -83,6 +83,56 @@ def split_by_weight(num_units: int, weights: Sequence[float], minimum: int = 0) 
     for r in order[: free - sum(counts)]:
         counts[r] += 1
     return [c + minimum for c in counts]
+
+
+def balance_layers(
+    layer_costs: Sequence[float],
+    num_stages: int,
+    first_cost: float = 0.0,
+    last_cost: float = 0.0,
+) -> list[int]:
+    """Cut consecutive layers into stages so that the dearest stage is as cheap as it can be.
+
+    Exact, by dynamic programming; among the best cuts the one with the smallest sum of squared
+    stage costs. O(num_stages * num_layers^2).
+
+    Args:
+        layer_costs: cost of each layer (bytes, seconds), not negative.
+        num_stages: how many stages, each of at least one layer.
+        first_cost: what the first stage bears on top (the embedding).
+        last_cost: what the last stage bears on top (the head).
+
+    Returns:
+        The number of layers of each stage.
+
+    Raises:
+        ValueError: there are fewer layers than stages, or no stage.
+    """
+    num_layers = len(layer_costs)
+    if not 1 <= num_stages <= num_layers:
+        raise ValueError(f"{num_layers} layers cannot give one to each of {num_stages} stages")
+    sums = list(accumulate(layer_costs, initial=0.0))
+
+    def cost(start: int, stop: int) -> float:
+        ends = (first_cost if start == 0 else 0.0) + (last_cost if stop == num_layers else 0.0)
+        return sums[stop] - sums[start] + ends
+
+    def best(step: Callable[[float, float], float]) -> tuple[float, list[int]]:
+        """(total, counts) of the cut whose stage costs, folded by `step`, are the least."""
+        table: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+        for stage in range(num_stages):
+            table = {
+                stop: min(
+                    (step(table[start][0], cost(start, stop)), [*table[start][1], stop - start])
+                    for start in range(stage, stop)
+                    if start in table
+                )
+                for stop in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1)
+            }
+        return table[num_layers]
+
+    limit = best(max)[0] * (1 + 1e-12)
+    return best(lambda total, c: total + c * c if c <= limit else inf)[1]
 
 
 def offsets(counts: Sequence[int]) -> list[Interval]:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from hpcmlx.errors import ConfigError
@@ -23,17 +22,22 @@ from hpcmlx.parallel.dataflow import (
     Leaf,
     Output,
     find_layers,
-    first_argument,
-    flatten,
-    rebuild,
-    subclass_call,
+    named_parameters,
     trace,
     type_name,
 )
+from hpcmlx.parallel.tracing import first_argument, flatten, rebuild, subclass_call
 
 __all__ = [
-    "Dataflow", "Leaf", "Stage", "build_stage", "check_layers", "check_stage", "find_layers", "trace",
-]  # fmt: skip
+    "Dataflow",
+    "Leaf",
+    "Stage",
+    "build_stage",
+    "check_layers",
+    "check_stage",
+    "find_layers",
+    "trace",
+]
 
 
 class Stage:
@@ -119,7 +123,7 @@ def _advance(cache: Any, step: mx.array) -> None:
 
 
 def check_layers(num_layers: int, ranges: Sequence[tuple[int, int]]) -> None:
-    """Refuse stages whose half-open layer ranges are not the whole model, in order, without overlap.
+    """Refuse stages whose half-open layer ranges are not the model's, in order, without overlap.
 
     Raises:
         ConfigError: naming the first stage that is wrong.
@@ -161,9 +165,13 @@ def check_stage(dataflow: Dataflow, start: int, stop: int) -> frozenset[str]:
         needs = flow.needs[key]
         who = "the head" if key == LOGITS else f"layer {key[0]}"
         for entry in needs.caches:
-            for owner in flow.owners[entry]:
-                if not start <= owner < stop:
-                    raise _refusal(flow, f"{who} reads the cache that layer {owner} writes", owner)
+            sharers = sorted({*flow.owners[entry], *([] if key == LOGITS else [key[0]])})
+            if flow.owners[entry] and not all(start <= layer < stop for layer in sharers):
+                raise ConfigError(
+                    f"{flow.model_type}: layers {', '.join(map(str, sharers))} share a cache and "
+                    f"have to be on one stage, not cut by {start}:{stop}; use other or fewer "
+                    "stages, or tp"
+                )
         for name in needs.parameters:
             names = flow.shared_names.get(name, (name,))
             owners = [flow.parameter_layer[n] for n in names]
@@ -184,8 +192,9 @@ def check_stage(dataflow: Dataflow, start: int, stop: int) -> frozenset[str]:
 
 
 def _refusal(flow: Dataflow, why: str, layer: int | None) -> ConfigError:
-    where = "" if layer is None else f", and layer {layer} is on another stage"
-    return ConfigError(f"{flow.model_type}: {why}{where}; use fewer stages or tp")
+    return ConfigError(
+        f"{flow.model_type}: {why}, and layer {layer} is on another stage; use fewer stages or tp"
+    )
 
 
 def build_stage(model: nn.Module, dataflow: Dataflow | None, start: int, stop: int) -> Stage:
@@ -203,7 +212,7 @@ def build_stage(model: nn.Module, dataflow: Dataflow | None, start: int, stop: i
     layers = find_layers(model)
     stage = Stage(model, start, stop, len(layers))
     if stage.first and stage.last:
-        stage.parameters = frozenset(name for name, _ in tree_flatten(model.parameters()))
+        stage.parameters = frozenset(name for name, _ in named_parameters(model))
         return stage
     if dataflow is None:
         raise ConfigError(f"{type_name(model)}: cutting layers {start}:{stop} out needs its trace")
@@ -249,6 +258,12 @@ def _assign_caches(stage: Stage, flow: Dataflow) -> None:
     ]
 
 
+def _handle(array: mx.array) -> mx.array:
+    """The same array under another handle: model code that assigns into slices of a hidden state
+    rebinds the handle it was given, and must not reach what is sent."""
+    return array.astype(array.dtype)
+
+
 def _capture(stage: Stage, layer: nn.Module, keys: list[Key]) -> Callable[..., Any]:
     """A layer of this stage whose outputs later stages need."""
     run = type(layer).__call__
@@ -259,7 +274,7 @@ def _capture(stage: Stage, layer: nn.Module, keys: list[Key]) -> Callable[..., A
         for key in keys:
             leaf = leaves[key[1]]
             # Without a cache some models return a number where there is an array with one.
-            stage._arrays[key] = leaf if isinstance(leaf, mx.array) else mx.array(leaf)
+            stage._arrays[key] = _handle(leaf if isinstance(leaf, mx.array) else mx.array(leaf))
         return output
 
     return call
@@ -273,7 +288,7 @@ def _pass_through(stage: Stage, flow: Dataflow, output: Output, index: int) -> C
 
     def stand_in(key: Key, leaf: Any, hidden: mx.array) -> Any:
         if key in received:
-            return stage._arrays[key]
+            return _handle(stage._arrays[key])
         if leaf != key:
             return leaf  # not an array: None or a setting
         if key in flow.passed:
@@ -287,7 +302,7 @@ def _pass_through(stage: Stage, flow: Dataflow, output: Output, index: int) -> C
         return rebuild(structure, parts)
 
     def call_received(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return stage._arrays[index, 0]
+        return _handle(stage._arrays[index, 0])
 
     def call_input(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return first_argument(args, kwargs)

