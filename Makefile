@@ -58,5 +58,5 @@ $(STAMP): pyproject.toml
 		echo "$(PYTHON) is not Python 3.11-3.13; name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,hub,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[mpi,hub,dev]'
 	touch $@

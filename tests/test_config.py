@@ -63,7 +63,7 @@ def test_groups_files_and_command_line():
         ("parallel.tp=null", ["parallel.tp=null", "expected int"]),
         ("parallel.tp=0", ["parallel.tp=0", "at least 1"]),
         ("parallel.tp_shares=[a]", ["parallel.tp_shares[0]", "expected number"]),
-        ("parallel.tp_shares=3", ["parallel.tp_shares=3", "expected list of number or null"]),
+        ("parallel.tp_shares=3", ["parallel.tp_shares=3", "expected list of number"]),
         ("parallel.tp_shares=[0]", ["parallel.tp_shares", "greater than 0"]),
         ("parallel.tp_shares=[2,1]", ["tp_shares has 2 entries but parallel.tp=1"]),
         ("parallel.pp_layers=[9,9]", ["pp_layers has 2 entries but parallel.pp=1"]),

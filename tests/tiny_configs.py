@@ -1,8 +1,9 @@
 """One tiny random model per architecture of mlx-lm: what the pipeline's tests run over.
 
 A config holds what `ModelArgs` of the module needs and little else: hidden size 32, four layers
-(more where the layer pattern asks for it), a vocabulary of 128. Keys that a `ModelArgs` does not know are
-dropped by mlx-lm itself, so the base below carries the names that most of them share.
+(more where the layer pattern asks for it), a vocabulary of 128. Keys that a
+`ModelArgs` does not know are dropped by mlx-lm itself, so the base below carries the names
+that most of them share. Not here: olmo, whose module wants a package of its own (ai2-olmo).
 """
 
 from __future__ import annotations

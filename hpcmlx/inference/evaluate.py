@@ -6,12 +6,18 @@ gives the same numbers, up to rounding, however the model is spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import h5py
 import mlx.core as mx
 import numpy as np
 
+from hpcmlx.errors import InputError
+from hpcmlx.files import write_hdf5
+from hpcmlx.inference.request import encode
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.parallel.link import StageLink
@@ -42,6 +48,35 @@ class LogProbs:
     @property
     def perplexity(self) -> float:
         return float(np.exp(self.nll))
+
+
+def read_text(path: str | Path, tokenizer: Any, max_tokens: int | None = None) -> list[int]:
+    """The tokens of a UTF-8 text file, the first `max_tokens` of them.
+
+    Raises:
+        InputError: it cannot be read, or has fewer than two tokens.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"input {path} cannot be read: {error}") from None
+    tokens = encode(tokenizer, text)[:max_tokens]
+    if len(tokens) < 2:
+        raise InputError(f"input {path} has {len(tokens)} tokens; scoring takes two at least")
+    return tokens
+
+
+def write_scores(run_dir: Path, scores: LogProbs, attributes: Mapping[str, Any]) -> None:
+    """Write `logprobs.h5`: the token ids, their log-probabilities, and the perplexity."""
+
+    def fill(file: h5py.File) -> None:
+        file.create_dataset("tokens", data=scores.tokens, chunks=True, fletcher32=True)
+        file.create_dataset("logprobs", data=scores.logprobs, chunks=True, fletcher32=True)
+        file["logprobs"].attrs["unit"] = "nat"
+        file.attrs.update(attributes)
+        file.attrs.update(perplexity=scores.perplexity, num_predicted=scores.num_predicted)
+
+    write_hdf5(run_dir / "logprobs.h5", fill)
 
 
 def score_tokens(

@@ -7,13 +7,14 @@ file and line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hpcmlx.errors import InputError
 from hpcmlx.inference.sampling import SamplingParams, row_seed
+from hpcmlx.models.tokenizer import render_chat
 
 _PARAMS = {field.name for field in fields(SamplingParams)}
 _KEYS = _PARAMS | {"id", "prompt", "messages"}
@@ -37,16 +38,14 @@ class Request:
 
 def read_requests(
     path: str | Path,
-    encode: Callable[[str], Sequence[int]],
-    encode_chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]],
+    tokenizer: Any,
     defaults: SamplingParams,
     max_context: int | None = None,
 ) -> list[Request]:
     """All rows of a JSONL file, tokenized. Blank lines are skipped.
 
     Args:
-        encode: text to tokens, for `prompt` rows.
-        encode_chat: messages to tokens through the chat template, for `messages` rows.
+        tokenizer: mlx-lm's TokenizerWrapper; `messages` go through its chat template.
         defaults: sampling of rows that do not say; a row may set any of its fields.
         max_context: longest prompt plus output in tokens, if the model says.
 
@@ -73,7 +72,7 @@ def read_requests(
             raise InputError(f"{where}: id '{row_id}' was used in line {seen[row_id]} already")
         seen[row_id] = number
         sampling = _sampling(row, defaults, index, where)
-        tokens = tuple(_tokens(row, encode, encode_chat, where))
+        tokens = tuple(_tokens(row, tokenizer, where))
         if not tokens:
             raise InputError(f"{where}: the prompt has no tokens; remove the row")
         if max_context is not None and len(tokens) + sampling.max_tokens > max_context:
@@ -135,22 +134,28 @@ def check_sampling(p: SamplingParams) -> str | None:
     return None
 
 
-def _tokens(
-    row: Mapping[str, Any],
-    encode: Callable[[str], Sequence[int]],
-    encode_chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]],
-    where: str,
-) -> Sequence[int]:
+def _tokens(row: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[int]:
     if "prompt" in row:
         if not isinstance(row["prompt"], str):
             raise InputError(f"{where}: 'prompt' must be a string")
-        return encode(row["prompt"])
+        return encode(tokenizer, row["prompt"])
     messages = row["messages"]
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
     ):
         raise InputError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
     try:
-        return encode_chat(messages)
+        return render_chat(tokenizer, messages)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Text to tokens, with the tokenizer's own start token unless the text brings it."""
+    bos = tokenizer.bos_token
+    return tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
+
+
+def max_context(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence a model was made for, in tokens, if its config.json says."""
+    return config.get("text_config", config).get("max_position_embeddings")

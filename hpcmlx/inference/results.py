@@ -1,6 +1,7 @@
-"""Writes what a generate job leaves behind: `results.jsonl` for people, `results.h5` for programs.
+"""Writes what a generate job leaves behind: `results.jsonl` for people, `results.h5` for programs and
+`summary.json` about the run.
 
-Both in input order, both whole or not there at all.
+Rows come in input order, and every file is whole or not there at all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import h5py
 import numpy as np
 
 from hpcmlx.files import write_atomic, write_hdf5
-from hpcmlx.inference.engine import RowResult
+from hpcmlx.inference.engine import RowResult, Stats
+from hpcmlx.mesh import Mesh
+from hpcmlx.models.loader import LoadedModel
+from hpcmlx.observe.summary import write_summary
 
 
 def write_results(
@@ -33,6 +37,56 @@ def write_results(
     lines = (json.dumps(as_json(row), ensure_ascii=False) + "\n" for row in rows)
     write_atomic(run_dir / "results.jsonl", "".join(lines).encode())
     write_hdf5(run_dir / "results.h5", lambda file: _fill(file, rows, attributes))
+
+
+def gather_rows(mesh: Mesh, rows: Sequence[RowResult]) -> list[RowResult]:
+    """Every replica's rows, on world rank 0 (elsewhere none). Collective."""
+    mine = list(rows) if mesh.pp == 0 and mesh.tp == 0 else []
+    return [row for part in mesh.world.gather(mine) or [] for row in part]
+
+
+def summarize(
+    mesh: Mesh, run_dir: Path, loaded: LoadedModel, stats: Stats, seconds: float
+) -> dict[str, Any] | None:
+    """Write `summary.json`: totals over the replicas and a line for each rank. Collective.
+
+    Args:
+        seconds: from the first prefill to the last token.
+
+    Returns:
+        The totals, on world rank 0.
+    """
+    replicas = mesh.world.gather(stats if mesh.pp == 0 and mesh.tp == 0 else None) or []
+    parts = [part for part in replicas if part is not None]
+    totals = {
+        "layout": str(mesh.dims),
+        "rows": sum(part.num_rows for part in parts),
+        "prompt_tokens": sum(part.prompt_tokens for part in parts),
+        "generated_tokens": sum(part.generated_tokens for part in parts),
+        "seconds": seconds,
+        "tokens_per_sec": sum(part.generated_tokens for part in parts) / seconds,
+        "prefill_seconds": max((part.prefill_seconds for part in parts), default=0.0),
+        "decode_seconds": max((part.decode_seconds for part in parts), default=0.0),
+    }
+    per_rank = {
+        "place": str(mesh),
+        "layers": [loaded.stage.start, loaded.stage.stop],
+        "weight_bytes": loaded.num_bytes,
+        "bytes_read": loaded.bytes_read,
+        "steps": stats.num_steps,
+    }
+    write_summary(mesh.world, run_dir, totals, per_rank)
+    return totals if mesh.world.rank == 0 else None
+
+
+def describe(totals: Mapping[str, Any]) -> str:
+    """The line that ends a run."""
+    prefill = totals["prompt_tokens"] / max(totals["prefill_seconds"], 1e-9)
+    return (
+        f"{totals['rows']} rows, {totals['prompt_tokens']} prompt + {totals['generated_tokens']} new "
+        f"tokens in {totals['seconds']:.1f} s: {totals['tokens_per_sec']:.1f} tok/s "
+        f"(prefill {prefill:.0f} tok/s)"
+    )
 
 
 def as_json(row: RowResult) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
     slots = total_slots(hosts) if hosts else None
     if slots is not None and slots < num_ranks:
         raise UsageError(
-            f"{layout} needs {num_ranks} ranks, {hostfile} has {slots} slots: add some"
+            f"{layout} needs {num_ranks} ranks but {hostfile} has {slots} slots: add some"
         )
     here = _names_of_this_host()
     cores = _num_cores()

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.mesh import Mesh
-from hpcmlx.models.checkpoint import Checkpoint, open_checkpoint
+from hpcmlx.models.checkpoint import Checkpoint
+from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.plans import plan_for
 from hpcmlx.models.skeleton import Quantization, Skeleton, WeightFormat, build_skeleton
 from hpcmlx.parallel.partition import Cut, Interval, balance_layers, offsets
@@ -51,15 +52,17 @@ class LoadedModel:
     bytes_read: int
     layer_ranges: list[Interval]
 
-    @property
-    def max_context(self) -> int | None:
-        """The longest sequence the checkpoint was made for, in tokens, if it says."""
-        text = self.config.get("text_config", self.config)
-        return text.get("max_position_embeddings")
+    def __str__(self) -> str:
+        layers = "+".join(str(stop - start) for start, stop in self.layer_ranges)
+        return (
+            f"{self.config['model_type']}, {layers} layers; this rank: layers "
+            f"{self.stage.start}-{self.stage.stop - 1}, {self.num_bytes / 2**20:.0f} MiB of weights"
+            f" from {self.bytes_read / 2**20:.0f} MiB of the files"
+        )
 
 
 def load_model(
-    path: str,
+    checkpoint: Checkpoint | GGUFCheckpoint,
     mesh: Mesh,
     *,
     dtype: str = "auto",
@@ -67,9 +70,10 @@ def load_model(
     tp_shares: Sequence[float] | None = None,
     pp_layers: Sequence[int] | None = None,
 ) -> LoadedModel:
-    """Load this rank's part of the model at `path` (a directory or a GGUF file).
+    """Load this rank's part of a model.
 
     Args:
+        checkpoint: what `open_checkpoint` gave; closed at the end.
         dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
         weights: "keep" quantized weights packed or "dequantize" them; "auto" dequantizes on a CPU,
             where packed products are many times slower than float32 ones.
@@ -85,7 +89,6 @@ def load_model(
         weights = "dequantize" if on_cpu else "keep"
     if dtype == "auto":
         dtype = "float32" if on_cpu else "checkpoint"
-    checkpoint = open_checkpoint(path)
     skeleton = build_skeleton(
         checkpoint.config, checkpoint.tensors, DTYPES.get(dtype), _weight_format(weights)
     )
@@ -178,7 +181,9 @@ def _check_coverage(mesh: Mesh, wanted: Sequence[str], sizes: Mapping[str, int])
 class _Reader:
     """Turns checkpoint bytes into parameters, cut for this rank, one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, cuts: Mapping[str, Cut]):
+    def __init__(
+        self, checkpoint: Checkpoint | GGUFCheckpoint, skeleton: Skeleton, cuts: Mapping[str, Cut]
+    ):
         self.checkpoint, self.skeleton, self.cuts = checkpoint, skeleton, cuts
 
     def arrays(self, paths: Sequence[str]) -> Iterator[tuple[str, mx.array]]:

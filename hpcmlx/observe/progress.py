@@ -1,4 +1,8 @@
-"""A progress bar with answers above it on rank 0, silence on the others."""
+"""A progress bar with answers above it on rank 0, silence on the others.
+
+Where the output is not a terminal (a log file, `TERM=dumb`) there is no bar; each answer then says
+how far the run is.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,9 @@ class ProgressBar:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[rate]}"),
         )
         self._progress = Progress(*columns, console=Console(), disable=not enabled)
-        self._task = self._progress.add_task(unit, total=total, rate="")
+        self._task = self._progress.add_task(unit, total=total)
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -41,11 +44,15 @@ class ProgressBar:
     ) -> None:
         self._progress.stop()
 
-    def advance(self, count: int = 1, rate: str = "") -> None:
-        """Count `count` more units; `rate` is shown behind the bar."""
-        self._progress.update(self._task, advance=count, rate=rate)
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units."""
+        self._progress.update(self._task, advance=count)
 
     def show(self, title: str, body: str) -> None:
-        """Print a titled text above the bar. Markup in it is not interpreted."""
-        if not self._progress.disable:
-            self._progress.console.print(Text(title, style="bold cyan"), Text(body), "", sep="\n")
+        """Count one unit and print a titled text above the bar, markup in it not interpreted."""
+        self.advance()
+        if self._progress.disable:
+            return
+        task = self._progress.tasks[self._task]
+        heading = Text(f"{title}  ({task.completed:.0f}/{task.total:.0f})", style="bold cyan")
+        self._progress.console.print(heading, Text(body), "", sep="\n")

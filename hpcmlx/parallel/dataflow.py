@@ -265,7 +265,7 @@ class _Tracer:
         if "metal" in reason.lower():
             return f"{type_name(self.model)}: needs Metal kernels, which this host does not have"
         return (
-            f"{type_name(self.model)}: cannot be cut into stages because its forward pass cannot be "
+            f"{type_name(self.model)}: cannot be cut into stages: its forward pass cannot be "
             f"traced without evaluating it ({reason}); use tp"
         )
 

@@ -11,6 +11,7 @@ from hpcmlx.inference.evaluate import score_tokens
 from hpcmlx.inference.request import Request
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.mesh import Mesh
+from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import load_model
 from tests import layouts
 from tests.tiny_configs import CONFIGS, build
@@ -91,7 +92,10 @@ def test_plan(name, layout, world, shared, on_root, text):
     path = checkpoint(name, shared, on_root)
     mesh = Mesh(layout.dims, world)
     loaded = load_model(
-        str(path), mesh, tp_shares=layout.tp_shares, pp_layers=layout.layers(num_layers(name))
+        open_checkpoint(path),
+        mesh,
+        tp_shares=layout.tp_shares,
+        pp_layers=layout.layers(num_layers(name)),
     )
     scores = score_tokens(loaded, mesh, text, WINDOW, batch_size=2)
     rows = run_engine(loaded, mesh, PROMPTS, lambda i: SamplingParams(max_tokens=NUM_NEW))
@@ -124,7 +128,9 @@ def test_sampling_does_not_depend_on_the_layout(world, shared, on_root):
     alone = None
     if world.rank == 0:
         mesh = Mesh(layouts.Layout().dims, comm.Communicator())
-        alone = run_engine(load_model(str(path), mesh), mesh, prompts, sampling, batch_size=1)
+        alone = run_engine(
+            load_model(open_checkpoint(path), mesh), mesh, prompts, sampling, batch_size=1
+        )
         assert len({tuple(row) for row in alone}) == len(prompts)  # draws differ by seed
     for layout in layouts.TINY[world.size]:
         mesh = Mesh(layout.dims, world)
