@@ -30,11 +30,13 @@ class Blas:
         name: "OpenBLAS", "MKL" (which runs sequentially), "Accelerate", "reference".
         source: where it was found (a path, a package, or why there is none).
         num_threads: threads per matrix product of this process.
+        problem: why what the environment asks for cannot be had, else ""; `run_job` refuses then.
     """
 
     name: str
     source: str
     num_threads: int
+    problem: str = ""
 
     @property
     def fast(self) -> bool:
@@ -59,10 +61,14 @@ def interpose() -> Blas:
         return Blas("reference", f"{ENV}=none", 1)
     if "mlx.core" in sys.modules:
         return Blas("reference", "mlx.core was imported before hpcmlx", 1)
+    chosen = os.environ.get(THREADS, "")
+    if chosen and not (chosen.isdecimal() and int(chosen)):
+        return Blas("reference", "", 1, f"{THREADS}={chosen!a} is not a number of threads")
     threads = _num_threads()
     if override:
         if not _load(override, threads):
-            raise OSError(f"{ENV}={override} cannot be loaded or has no cblas_sgemm")
+            problem = f"{ENV}={override!a} cannot be loaded or has no cblas_sgemm"
+            return Blas("reference", "", 1, f"{problem}; correct it, or unset it to search for one")
         return Blas(_kind(override), override, threads)
     for path, source in _candidates():
         if _load(path, threads):

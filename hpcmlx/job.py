@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from logging import Logger
 from pathlib import Path
@@ -117,6 +118,10 @@ def _run(
     world: Communicator,
 ) -> ExitCode:
     started = time.monotonic()
+    if hpcmlx.BLAS.problem:
+        raise ConfigError(hpcmlx.BLAS.problem)
+    # Before the configuration: another version may not be able to read this one's.
+    check_peers(world.allgather(_this_peer()))
     settings, run_dir = _settings(name, schema, overrides, world)
     check_peers(world.allgather(_this_peer(settings)))
     parallel = settings.parallel
@@ -163,17 +168,18 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]}
 
 
-def _this_peer(settings: Any) -> Peer:
+def _this_peer(settings: Any = None) -> Peer:
     return Peer(
         comm.hostname(),
         hpcmlx.__version__,
         metadata.version("mlx"),
         metadata.version("mlx-lm"),
         _code_hash(),
-        config.config_hash(settings),
+        "" if settings is None else config.config_hash(settings),
     )
 
 
+@cache
 def _code_hash() -> str:
     """Of hpcmlx's own sources: two checkouts of one version may still differ."""
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from hpcmlx import faults
 from hpcmlx.comm import Pending
 from hpcmlx.inference.batching import merge_caches, why_not_batched
 from hpcmlx.inference.request import Request
@@ -170,6 +171,7 @@ class Engine:
         for row in slot.rows:
             row.num_sampled += 1
         self.stats.num_steps += 1
+        faults.strike(self.mesh.world.rank, self.stats.num_steps)
         if self.stats.num_steps % 256 == 0:
             mx.clear_cache()
         logits = self._forward(feed[:, None], slot.caches)

@@ -164,7 +164,7 @@ def check_stage(dataflow: Dataflow, start: int, stop: int) -> frozenset[str]:
         key = todo.pop()
         needs = flow.needs[key]
         who = "the head" if key == LOGITS else f"layer {key[0]}"
-        for entry in needs.caches:
+        for entry in sorted(needs.caches):
             sharers = sorted({*flow.owners[entry], *([] if key == LOGITS else [key[0]])})
             if flow.owners[entry] and not all(start <= layer < stop for layer in sharers):
                 raise ConfigError(
@@ -172,14 +172,14 @@ def check_stage(dataflow: Dataflow, start: int, stop: int) -> frozenset[str]:
                     f"have to be on one stage, not cut by {start}:{stop}; use other or fewer "
                     "stages, or tp"
                 )
-        for name in needs.parameters:
+        for name in sorted(needs.parameters):
             names = flow.shared_names.get(name, (name,))
             owners = [flow.parameter_layer[n] for n in names]
             here = [o is None or start <= o < stop for o in owners]
             if not any(here):
                 raise _refusal(flow, f"{who} uses {name} outside its layer's call", owners[0])
             wanted.update(n for n, ok in zip(names, here, strict=True) if ok)
-        for leaf in needs.leaves - seen:
+        for leaf in sorted(needs.leaves - seen):
             seen.add(leaf)
             if start <= leaf[0] < stop:
                 todo.append(leaf)

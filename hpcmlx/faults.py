@@ -1,0 +1,55 @@
+"""Makes one rank fail at one step, so that tests can see what the job makes of it.
+
+`HPCMLX_FAULT="rank=1,step=3,kind=kill"` strikes world rank 1 when it starts its third decode step.
+The engine calls `strike` once per step; without the variable that is one look-up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+
+from hpcmlx.errors import ConfigError
+
+ENV = "HPCMLX_FAULT"
+KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv", "hang")
+_SPEC = re.compile(rf"rank=(\d+),step=(\d+),kind=({'|'.join(KINDS)})")
+
+
+def strike(rank: int, step: int) -> None:
+    """Fail here if `HPCMLX_FAULT` says so.
+
+    Args:
+        rank: this process's rank in the world.
+        step: of the engine on this rank, from 1.
+
+    Kinds: `exception` raises RuntimeError, `exit` and `exit0` call `sys.exit` with 3 and 0,
+    `os_exit` ends the process with 1 past every handler, `kill` and `segv` send it the signal,
+    `hang` sleeps for ever.
+
+    Raises:
+        ConfigError: the variable is not `rank=R,step=N,kind=KIND`.
+    """
+    text = os.environ.get(ENV)
+    if not text:
+        return
+    match = _SPEC.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{ENV}={text!a}: expected rank=R,step=N,kind={'|'.join(KINDS)}")
+    if (rank, step) != (int(match[1]), int(match[2])):
+        return
+    kind = match[3]
+    print(f"injected fault: {kind} at step {step} of rank {rank}", file=sys.stderr, flush=True)
+    if kind == "exception":
+        raise RuntimeError(f"injected at step {step} of rank {rank}")
+    if kind in ("exit", "exit0"):
+        sys.exit(3 if kind == "exit" else 0)
+    if kind == "os_exit":
+        os._exit(1)
+    if kind in ("kill", "segv"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSEGV)
+    while True:
+        time.sleep(60)
