@@ -43,10 +43,11 @@ def twin_logprobs(model: nn.Module, tokens: Sequence[int], window: int) -> np.nd
         part = mx.array([list(tokens[start : start + window])])
         if part.shape[1] < 2:
             continue
-        logits = model(part)[:, :-1].astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = mx.take_along_axis(logprobs, part[:, 1:, None], axis=-1)[0, :, 0]
-        result[start + 1 : start + part.shape[1]] = np.array(chosen)
+        logits = np.array(model(part)[0, :-1].astype(mx.float32)).astype(np.float64)
+        # In float64: mx.logsumexp over a big vocabulary is off by more than the tolerance.
+        total = np.logaddexp.reduce(logits, axis=-1)
+        chosen = logits[np.arange(len(logits)), np.array(part[0, 1:])]
+        result[start + 1 : start + part.shape[1]] = chosen - total
     return result
 
 

@@ -16,6 +16,13 @@ from hpcmlx.parallel.pipeline import Stage
 # More rows than shapes can confuse with a number of heads, and a prime.
 _NUM_ROWS = 13
 
+# Architectures whose shapes fit but whose numbers do not: no shape shows it, so they are named.
+_WRONG_NUMBERS = {
+    "afm7": "its last layers take a row's positions from the batch's padding",
+    "minimax_m3_vl": "its sparse attention cuts a row's blocks along the batch's padding",
+    "recurrent_gemma": "its recurrence treats a row without a state unlike one with zeros",
+}
+
 
 def merge_caches(rows: Sequence[Sequence[Any]]) -> list[Any]:
     """One batch cache per cache entry, from the rows' own caches (mlx-lm's `merge`)."""
@@ -27,6 +34,9 @@ def why_not_batched(stage: Stage) -> str | None:
 
     A step of 13 rows is built but not evaluated: shapes that do not fit show up at once.
     """
+    architecture = type(stage.model).__module__.rpartition(".")[2]
+    if architecture in _WRONG_NUMBERS:
+        return f"{architecture}: {_WRONG_NUMBERS[architecture]}"
     try:
         lengths = [1 + row % 3 for row in range(_NUM_ROWS)]
         caches = {length: stage.make_cache() for length in set(lengths)}

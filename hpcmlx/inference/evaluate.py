@@ -17,6 +17,7 @@ import numpy as np
 
 from hpcmlx.errors import InputError
 from hpcmlx.files import write_hdf5
+from hpcmlx.inference.logprobs import token_logprobs
 from hpcmlx.inference.request import encode
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
@@ -111,7 +112,9 @@ def score_tokens(
         inputs = [] if stage.first else link.receive(*rows.shape)
         outputs = stage(rows, inputs, None)
         if stage.last:
-            mine.append((batch, np.array(_token_logprobs(loaded, mesh, outputs, rows))))
+            start = loaded.vocab_interval[0]
+            scores = token_logprobs(outputs[:, :-1], rows[:, 1:], start, mesh.tp_group)
+            mine.append((batch, np.array(scores)))
         else:
             mx.eval(outputs)
             link.send(outputs)
@@ -140,22 +143,3 @@ def _batches(num_tokens: int, window: int, stride: int, batch_size: int) -> list
     # A window of a single token scores nothing.
     batches += [[start] for start in starts[len(full) :] if num_tokens - start > 1]
     return batches
-
-
-def _token_logprobs(
-    loaded: LoadedModel, mesh: Mesh, logits: mx.array, tokens: mx.array
-) -> mx.array:
-    """log p of tokens[:, 1:] from logits [batch, length, local vocab]: [batch, length - 1].
-
-    Only one maximum, one sum and one logit a token travel between tensor-parallel ranks.
-    """
-    start, stop = loaded.vocab_interval
-    logits = logits[:, :-1].astype(mx.float32)
-    targets = tokens[:, 1:] - start
-    total = mx.logsumexp(logits, axis=-1)
-    inside = (targets >= 0) & (targets < stop - start)
-    index = mx.where(inside, targets, 0)
-    chosen = mx.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-    group = mesh.tp_group
-    total = mx.logsumexp(group.all_gather(total[None]), axis=0)
-    return group.all_sum(mx.where(inside, chosen, 0.0)) - total

@@ -6,11 +6,13 @@ file and line.
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hpcmlx.errors import InputError
 from hpcmlx.inference.sampling import SamplingParams, row_seed
@@ -18,6 +20,7 @@ from hpcmlx.models.tokenizer import render_chat
 
 _PARAMS = {field.name for field in fields(SamplingParams)}
 _KEYS = _PARAMS | {"id", "prompt", "messages"}
+_MIN_TEMPERATURE = 1e-5  # below it, logits divided by it leave float32
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ def read_requests(
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`: it also splits at U+2028 and others that JSON strings may hold.
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except FileNotFoundError:
         raise InputError(f"input {path} does not exist; set input=FILE.jsonl") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"input {path} cannot be read: {error}") from None
     requests: list[Request] = []
     seen: dict[str, int] = {}
@@ -67,7 +71,7 @@ def read_requests(
         where = f"{path}:{number}"
         row = _parse(line, where)
         index = len(requests)
-        row_id = str(row.get("id", number))
+        row_id = _id(row, number, where)
         if row_id in seen:
             raise InputError(f"{where}: id '{row_id}' was used in line {seen[row_id]} already")
         seen[row_id] = number
@@ -86,11 +90,25 @@ def read_requests(
     return requests
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the "
+            "line); save the file as UTF-8"
+        ) from None
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: half of a surrogate pair (\\ud800-\\udfff) stands alone"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not usable JSON ({error})") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row is a JSON object, not {type(row).__name__}")
     if unknown := sorted(row.keys() - _KEYS):
@@ -100,13 +118,27 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     return row
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _id(row: Mapping[str, Any], number: int, where: str) -> str:
+    value = row.get("id", number)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise InputError(f"{where}: id={value!r} must be a string or a whole number")
+    return str(value)
+
+
 def _sampling(
     row: Mapping[str, Any], defaults: SamplingParams, index: int, where: str
 ) -> SamplingParams:
     own = {key: row[key] for key in _PARAMS & row.keys()}
     for key, value in own.items():
-        kind = type(getattr(defaults, key))
+        # The class's own default: one that the caller set may be the integer 1 for 1.0.
+        kind = type(getattr(SamplingParams, key))
         if key == "stop":
+            if not isinstance(value, (str, list)):
+                raise InputError(f"{where}: stop={value!r} must be a string or a list of strings")
             own[key] = tuple([value] if isinstance(value, str) else value)
         elif isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise InputError(f"{where}: {key}={value!r} must be of type {kind.__name__}")
@@ -119,8 +151,8 @@ def _sampling(
 
 def check_sampling(p: SamplingParams) -> str | None:
     """What is wrong with the values, in words, or None."""
-    if p.temperature < 0:
-        return f"temperature={p.temperature} must not be negative"
+    if p.temperature != 0 and not _MIN_TEMPERATURE <= p.temperature < math.inf:
+        return f"temperature={p.temperature} must be 0 (greedy) or at least {_MIN_TEMPERATURE}"
     if not 0 < p.top_p <= 1:
         return f"top_p={p.top_p} must be in (0, 1]"
     if not 0 <= p.min_p <= 1:
@@ -140,8 +172,13 @@ def _tokens(row: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[int]
             raise InputError(f"{where}: 'prompt' must be a string")
         return encode(tokenizer, row["prompt"])
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
+            for m in messages
+        )
     ):
         raise InputError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
     try:
@@ -158,4 +195,5 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def max_context(config: Mapping[str, Any]) -> int | None:
     """The longest sequence a model was made for, in tokens, if its config.json says."""
-    return config.get("text_config", config).get("max_position_embeddings")
+    own = config.get("text_config") or {}
+    return own.get("max_position_embeddings", config.get("max_position_embeddings"))

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from hpcmlx.inference.logprobs import Group, logsumexp
 from hpcmlx.parallel.partition import Interval
 
 
@@ -44,15 +44,6 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-
-class Group(Protocol):
-    """The tensor-parallel ranks that share a vocabulary."""
-
-    @property
-    def size(self) -> int: ...
-
-    def all_gather(self, x: mx.array) -> mx.array: ...
 
 
 class Sampler:
@@ -112,7 +103,7 @@ class Sampler:
     def _threshold(self, logits: mx.array, params: Sequence[SamplingParams]) -> mx.array:
         """[rows] the lowest logit that each row keeps."""
         count = max([64, *(p.top_k for p in params)])
-        total = np.logaddexp.reduce(self._gathered(mx.logsumexp(logits, axis=-1)), axis=0)
+        total = np.array(logsumexp(logits, self.group))
         while True:
             best, complete = self._top(logits, count)
             floors = [

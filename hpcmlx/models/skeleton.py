@@ -131,7 +131,8 @@ def _placeholders(tensors: Mapping[str, TensorInfo]) -> dict[str, mx.array]:
 def _instantiate(config: dict[str, Any]) -> nn.Module:
     try:
         model_class, args_class = mlx_lm_utils._get_classes(config)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, SystemExit) as error:
+        # Some modules of mlx-lm leave by sys.exit where a package of theirs is missing.
         name = config.get("model_type", "none")
         raise ConfigError(
             f"model type '{name}' is not one that mlx-lm {_mlx_lm_version()} knows ({error}); "

@@ -14,6 +14,7 @@ from hpcmlx.comm import Pending
 from hpcmlx.mesh import Mesh
 from hpcmlx.parallel.pipeline import Stage
 
+_MAX_DIMS = 8  # of an array whose shape is told, not known
 _TOKENS_TAG = 30_000  # above the leaves' tags, below MPI's guaranteed 32767
 
 
@@ -31,8 +32,8 @@ class StageLink:
         for tag, leaf in enumerate(self.stage.receives):
             shape = leaf.shape(batch, length)
             if not leaf.fixed:  # grows with the cache: its sender tells
-                told = self.mesh.replica.irecv((len(shape),), mx.int32, source, tag).wait()
-                shape = tuple(told.tolist())
+                told = self.mesh.replica.irecv((_MAX_DIMS,), mx.int32, source, tag).wait().tolist()
+                shape = tuple(n for n in told if n >= 0)
             pending.append(self.mesh.replica.irecv(shape, leaf.dtype, source, tag))
         return [p.wait() for p in pending]
 
@@ -41,7 +42,8 @@ class StageLink:
         target = self.mesh.replica_rank(self.mesh.pp + 1, self.mesh.tp)
         for tag, (leaf, array) in enumerate(zip(self.stage.sends, arrays, strict=True)):
             if not leaf.fixed:
-                shape = mx.array(array.shape, mx.int32)
+                unused = [-1] * (_MAX_DIMS - array.ndim)
+                shape = mx.array([*array.shape, *unused], mx.int32)
                 self._keep(self.mesh.replica.isend(shape, target, tag))
             self._keep(self.mesh.replica.isend(array, target, tag))
 
