@@ -135,6 +135,15 @@ class JobConfig:
     #: Key -> text, for the values that were written as interpolations. Not a key of the user's.
     unresolved: dict[str, str] = field(default_factory=dict)
 
+    def load_options(self) -> dict[str, Any]:
+        """The keyword arguments of `load_model`."""
+        return {
+            "dtype": self.model.dtype,
+            "weights": self.model.weights,
+            "tp_shares": self.parallel.tp_shares,
+            "pp_layers": self.parallel.pp_layers,
+        }
+
 
 @dataclass(kw_only=True)
 class GenerateConfig(JobConfig):

@@ -22,14 +22,7 @@ def main(job: Job) -> None:
     if job.is_root:
         tokens = read_text(cfg.input, load_tokenizer(checkpoint), cfg.evaluate.max_tokens)
     tokens = mesh.world.bcast(tokens)
-    loaded = load_model(
-        checkpoint,
-        mesh,
-        dtype=cfg.model.dtype,
-        weights=cfg.model.weights,
-        tp_shares=cfg.parallel.tp_shares,
-        pp_layers=cfg.parallel.pp_layers,
-    )
+    loaded = load_model(checkpoint, mesh, **cfg.load_options())
     job.log.info("%s", loaded)
     window = min(cfg.evaluate.window, len(tokens))
     stride = min(cfg.evaluate.stride, window)

@@ -33,14 +33,7 @@ def main(job: Job) -> None:
         context = max_context(checkpoint.config)
         requests = read_requests(cfg.input, tokenizer, defaults, context)
     mine = mesh.world.bcast(requests)[mesh.dp :: mesh.dims.dp]
-    loaded = load_model(
-        checkpoint,
-        mesh,
-        dtype=cfg.model.dtype,
-        weights=cfg.model.weights,
-        tp_shares=cfg.parallel.tp_shares,
-        pp_layers=cfg.parallel.pp_layers,
-    )
+    loaded = load_model(checkpoint, mesh, **cfg.load_options())
     job.log.info("%s", loaded)
     engine = Engine(loaded, mesh, tokenizer, **vars(cfg.inference))
     rows: list[RowResult] = []

@@ -59,9 +59,13 @@ def save_tokenizer(path: Path, vocab_size: int = 128) -> None:
 
 
 def save_model(path: Path, model_type: str = "llama", **config: Any) -> Path:
-    """A tiny random model with its tokenizer; `config` changes config.json only."""
+    """A tiny random model of `tiny_configs`, with `config` changed, and its tokenizer."""
     settings = tiny_configs.CONFIGS[model_type] | {"eos_token_id": 2} | config
-    save_checkpoint(tiny_configs.build(model_type), settings, path)
+    tiny_configs.CONFIGS[str(path)] = settings
+    try:
+        save_checkpoint(tiny_configs.build(str(path)), settings, path)
+    finally:
+        del tiny_configs.CONFIGS[str(path)]
     save_tokenizer(path)
     return path
 
@@ -150,7 +154,8 @@ class Running:
 
     def _read(self, stream: IO[str], lines: list[tuple[float, str]]) -> None:
         for line in stream:
-            lines.append((time.monotonic() - self._begin, line.rstrip("\n")))
+            # mpirun's own texts end with a NUL that lands on the next line.
+            lines.append((time.monotonic() - self._begin, line.strip("\n\0 ")))
 
     def wait_for(self, text: str, timeout: float = TIMEOUT) -> None:
         """Until a line of standard error has `text` in it."""

@@ -71,9 +71,7 @@ def test_one_process_needs_no_mpi(single):
     for row in rows:
         assert row["finish_reason"] in ("stop", "length")
         if row["finish_reason"] == "length":
-            # A token is a character here.
-            expected = 3 if row["id"] == "short" else 16
-            assert row["num_tokens"] == len(row["text"]) == expected
+            assert row["num_tokens"] == (3 if row["id"] == "short" else 16)
     assert (single.stat().st_mode & 0o777) == 0o700
 
 
@@ -221,9 +219,9 @@ def test_perplexity_follows_from_the_stored_numbers(single_scores):
 
 @pytest.mark.parametrize(("axis", "ranks"), [("tp", 2), ("pp", 3)])
 def test_every_layout_gives_the_same_scores(scores, single_scores, axis, ranks):
-    layout = f"parallel.{axis}={ranks}"
+    layout = [f"parallel.{axis}={ranks}"]
     options = ["evaluate.window=128", "evaluate.stride=64", "inference.batch_size=2"]
-    logprobs, _ = scores(layout, *options, layout, ranks=ranks)
+    logprobs, _ = scores(f"scores-{axis}", *options, *layout, ranks=ranks)
     np.testing.assert_allclose(logprobs, single_scores[0], atol=1e-4)
 
 

@@ -110,7 +110,8 @@ class Sampler:
                 _row_threshold(p, row, z) for p, row, z in zip(params, best, total, strict=True)
             ]
             if complete or None not in floors:
-                return mx.array([best[i, -1] if f is None else f for i, f in enumerate(floors)])
+                lowest = [best[i, -1] if f is None else f for i, f in enumerate(floors)]
+                return mx.array(np.array(lowest, np.float32))
             count *= 8
 
     def _top(self, logits: mx.array, count: int) -> tuple[np.ndarray, bool]:

@@ -7,9 +7,6 @@ tensors of the files it is made of, so that the loader can read just those, or j
 
 from __future__ import annotations
 
-import io
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.models.checkpoint import TensorInfo
+from hpcmlx.parallel.graph import operations
 
 WeightFormat = Literal["keep", "dequantize"]
 
@@ -183,33 +181,28 @@ def trace_origins(
     return origins
 
 
-_EDGE = re.compile(r'^("[^"]+"|\d+) -> ("[^"]+"|\d+)$')
-
-
 def graph_sources(
     inputs: Mapping[str, mx.array], outputs: Mapping[str, mx.array]
 ) -> dict[str, list[str]]:
     """Names of the `inputs` that each of the `outputs` depends on, by walking MLX's lazy graph."""
     named = {f"in:{k}": v for k, v in inputs.items()} | {f"out:{k}": v for k, v in outputs.items()}
-    dot = io.StringIO()
-    mx.export_to_dot(dot, **named)
-    parents: dict[str, list[str]] = defaultdict(list)
-    for line in dot.getvalue().splitlines():
-        if edge := _EDGE.match(line.strip()):
-            source, target = (node.strip('"') for node in edge.groups())
-            parents[target].append(source)
+    made_by, operands = operations(named)
+    tensor_of = {made_by[f"in:{name}"]: name for name in inputs}
     result = {}
     for name in outputs:
+        found: set[str] = set()
         seen: set[str] = set()
-        todo = [f"out:{name}"]
+        todo = [made_by[f"out:{name}"]]
         while todo:
             node = todo.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if not node.startswith("in:"):
-                todo.extend(parents[node])
-        result[name] = sorted(n.removeprefix("in:") for n in seen if n.startswith("in:"))
+            if node in tensor_of:
+                found.add(tensor_of[node])
+            else:
+                todo.extend(operands[node])
+        result[name] = sorted(found)
     return result
 
 

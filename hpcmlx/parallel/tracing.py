@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +14,10 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from hpcmlx.parallel.graph import operations
+
 Key = tuple[int, int]  # (layer, index of the leaf in the layer's flattened output)
 LOGITS: Key = (-1, 0)
-
-_MAX_NAMES = 1000  # MLX's bindings refuse more than 1024 keyword arguments
-_EDGE = re.compile(r'^(?:"([^"]+)" -> (\d+)|(\d+) -> "([^"]+)")$', re.MULTILINE)
 
 
 @dataclass
@@ -192,7 +188,7 @@ class Forward:
                 return array
 
             _swap_arrays(cache, note)
-        made_by, inputs = _operations(self.named)
+        made_by, inputs = operations(self.named)
         at = {made_by[name]: meaning for name, meaning in self.meaning.items()}
         for what, op in (
             (w, made_by[n]) for n, (kind, w) in self.meaning.items() if kind == "made"
@@ -214,21 +210,3 @@ class Forward:
                 else:
                     todo.extend(inputs[node])
             yield what, found
-
-
-def _operations(named: dict[str, mx.array]) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """MLX's graph of some arrays: (name -> the operation that makes it, operation -> the operations
-    that make its inputs). Operations have the same id in every export, unnamed arrays have not."""
-    made_by: dict[str, str] = {}
-    inputs: dict[str, set[str]] = defaultdict(set)
-    names = list(named)
-    for chunk in (names[i : i + _MAX_NAMES] for i in range(0, len(names), _MAX_NAMES)):
-        text = io.StringIO()
-        mx.export_to_dot(text, **{name: named[name] for name in chunk})
-        edges = _EDGE.findall(text.getvalue())
-        makers = {array: op for _, _, op, array in edges if op}
-        made_by.update((name, makers[name]) for name in chunk)
-        for array, op, _, _ in edges:
-            if op and array in makers:
-                inputs[op].add(makers[array])
-    return made_by, inputs

@@ -1,0 +1,242 @@
+"""Sampling against mlx-lm's own truncation, against the softmax, and over a split vocabulary."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from hpcmlx.comm import Communicator
+from hpcmlx.inference.sampling import Sampler, SamplingParams, noise_key, row_seed
+from tests.test_tensor import ThreadGroup, on_ranks
+
+
+def rng(seed=3):
+    return np.random.default_rng(seed)
+
+
+def draw(logits, params, positions, vocab=None):
+    """Tokens of rows of logits on one rank."""
+    logits = np.atleast_2d(np.ascontiguousarray(logits, np.float32))
+    sampler = Sampler(Communicator(), (0, logits.shape[-1]), vocab or logits.shape[-1])
+    return sampler(mx.array(logits), params, positions).tolist()
+
+
+def draws(logits, number, **params):
+    """`number` draws of one row: positions 0, 1, …"""
+    logits = np.broadcast_to(np.asarray(logits, np.float32), (number, len(logits)))
+    return np.array(draw(logits, [SamplingParams(**params)] * number, range(number)))
+
+
+def softmax(logits):
+    weights = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    return weights / weights.sum()
+
+
+# -- greedy --
+
+
+def test_greedy_takes_the_best_and_of_equals_the_first():
+    logits = np.array([[0, 3, 1, 3], [5, 5, 5, 5], [-1, -2, -9, -0.5]])
+    assert draw(logits, [SamplingParams()] * 3, [0, 1, 2]) == [1, 0, 3]
+
+
+class Gathering(ThreadGroup):
+    """A thread's group with all_gather too."""
+
+    def all_gather(self, x: mx.array) -> mx.array:
+        self._box[self.rank] = np.array(x)
+        self._barrier.wait()
+        result = mx.array(np.concatenate(self._box))
+        self._barrier.wait()
+        return result
+
+
+def split_draw(logits, params, positions, bounds):
+    """What every rank of a vocabulary cut at `bounds` says."""
+
+    def body(group: ThreadGroup) -> list[int]:
+        group = Gathering(group.rank, group.size, group._barrier, group._box)
+        start, stop = list(pairwise(bounds))[group.rank]
+        sampler = Sampler(group, (start, stop), bounds[-1])
+        tokens = sampler(mx.array(logits[:, start:stop]), params, positions)
+        return tokens.tolist()
+
+    return on_ranks(len(bounds) - 1, body)
+
+
+@pytest.mark.parametrize("bounds", [(0, 2, 4), (0, 1, 2, 4), (0, 3, 4)])
+def test_greedy_ties_over_ranks_go_to_the_lower_id(bounds):
+    logits = np.array([[0, 3, 1, 3], [5, 5, 5, 5], [1, 0, 2, 2]], np.float32)
+    for tokens in split_draw(logits, [SamplingParams()] * 3, [0] * 3, bounds):
+        assert tokens == [1, 0, 2]
+
+
+# -- temperature --
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature):
+    logits = rng().normal(size=12)
+    number = 6000
+    tokens = draws(logits, number, temperature=temperature, seed=1)
+    expected = softmax(logits / temperature) * number
+    chi_square = ((np.bincount(tokens, minlength=12) - expected) ** 2 / expected).sum()
+    assert chi_square < 31.3  # 11 degrees of freedom: 1 in 1000
+
+
+def test_draws_of_a_truncated_row_follow_the_rest_of_the_softmax():
+    logits = np.log([0.4, 0.3, 0.2, 0.06, 0.04])
+    number = 4000
+    tokens = draws(logits, number, temperature=1.0, top_k=3, seed=2)
+    counts = np.bincount(tokens, minlength=5)
+    assert counts[3:].sum() == 0
+    np.testing.assert_allclose(counts[:3] / number, np.array([4, 3, 2]) / 9, atol=0.025)
+
+
+def test_draws_are_a_function_of_seed_and_position():
+    logits = rng().normal(size=50) * 0.1
+    first = draws(logits, 40, temperature=1.0, seed=1)
+    assert (first == draws(logits, 40, temperature=1.0, seed=1)).all()
+    assert (first != draws(logits, 40, temperature=1.0, seed=2)).any()
+    assert len(set(first)) > 10  # positions differ
+    keys = {tuple(noise_key(s, p).tolist()) for s in (0, 1, -1, 2**64) for p in range(9)}
+    assert len(keys) == 36
+    assert noise_key(5, 6).tolist() == noise_key(5, 6).tolist()
+    assert len({row_seed(s, i) for s in range(4) for i in range(4)}) == 16
+
+
+KINDS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 0.9, "top_p": 0.95, "top_k": 20, "min_p": 0.01},
+    {"temperature": 1.1, "top_k": 90},
+]
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    logits = rng().normal(size=(len(KINDS), 100)).astype(np.float32) * 2
+    params = [SamplingParams(**kind, seed=i) for i, kind in enumerate(KINDS)]
+    positions = list(range(10, 10 + len(KINDS)))
+    together = draw(logits, params, positions)
+    alone = [draw(logits[i], [params[i]], [positions[i]])[0] for i in range(len(KINDS))]
+    backwards = draw(logits[::-1], params[::-1], positions[::-1])[::-1]
+    assert together == alone == backwards
+
+
+# -- truncation --
+
+
+def kept(logits, **params):
+    """The tokens that a row may draw: those that `Sampler` does not put to -inf."""
+    p = SamplingParams(temperature=1.0, **params)
+    array = mx.array(np.atleast_2d(logits).astype(np.float32))
+    floor = Sampler(Communicator(), (0, array.shape[-1]), array.shape[-1])._threshold(array, [p])
+    return set(np.flatnonzero(np.array(array[0] >= floor[0])))
+
+
+def kept_by_mlx_lm(logits, top_p=1.0, min_p=0.0, top_k=0):
+    """What is left of mlx-lm's chain: top-p, then min-p, then top-k."""
+    logprobs = mx.array(np.atleast_2d(logits).astype(np.float32))
+    logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
+    if top_p < 1:
+        logprobs = apply_top_p(logprobs, top_p)
+    if min_p:
+        logprobs = apply_min_p(logprobs, min_p)
+    if top_k:
+        logprobs = apply_top_k(logprobs, top_k)
+    return set(np.flatnonzero(np.array(logprobs[0]) > -np.inf))
+
+
+TRUNCATIONS = [
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 70},
+    {"top_p": 0.01},
+    {"top_p": 0.5},
+    {"top_p": 0.93},
+    {"min_p": 0.05},
+    {"min_p": 0.6},
+    {"top_p": 0.9, "top_k": 5},
+    {"top_p": 0.3, "top_k": 60},
+    {"top_p": 0.9, "min_p": 0.1},
+    {"min_p": 0.02, "top_k": 12},
+    {"top_p": 0.95, "min_p": 0.03, "top_k": 30},
+]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_the_kept_tokens_are_those_of_mlx_lm(truncation):
+    for spread in (1.0, 2.0, 4.0):
+        logits = rng(int(spread)).normal(size=200) * spread
+        ours = kept(logits, **truncation)
+        assert ours == kept_by_mlx_lm(logits, **truncation)
+        assert 0 < len(ours) < 200
+
+
+def test_no_truncation_keeps_everything():
+    assert kept(rng().normal(size=30)) == set(range(30))
+    assert kept(rng().normal(size=30), top_k=30) == set(range(30))
+    assert kept(rng().normal(size=30), top_k=500) == set(range(30))
+    assert kept(rng().normal(size=3000), top_p=1 - 1e-9) == set(range(3000))
+
+
+def test_tokens_as_likely_as_the_last_one_kept_are_kept_too():
+    """mlx-lm keeps k of them in an arbitrary order; here no rank count may decide which."""
+    assert kept([1, 3, 2, 2, 2, 0], top_k=2) == {1, 2, 3, 4}
+    assert kept([0, 0, 0, 0], top_p=0.3) == {0, 1, 2, 3}
+    assert kept([2, 2, 1], min_p=1.0) == {0, 1}
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
+def test_a_flat_distribution_needs_many_candidates(spread):
+    """The nucleus reaches far beyond the first 64 candidates, then beyond 512 and 4096."""
+    logits = rng().normal(size=5000) * spread + rng().permutation(5000) * 1e-5
+    for top_p in (0.05, 0.5, 0.999):
+        ours = kept(logits, top_p=top_p)
+        order = np.argsort(-logits.astype(np.float32), kind="stable")
+        mass = np.cumsum(softmax(logits)[order])
+        size = int(np.searchsorted(mass, top_p)) + 1
+        # Float32 sums of 5000 terms: mlx-lm's own set is as near.
+        assert abs(len(ours) - size) <= 3
+        assert set(order[: min(size, len(ours)) - 3]) <= ours
+    assert len(kept(logits, top_p=0.999, top_k=10)) == 10
+
+
+# -- a vocabulary over ranks --
+
+
+@pytest.mark.parametrize("bounds", [(0, 50, 100), (0, 3, 100), (0, 90, 91, 100)], ids=str)
+def test_a_split_vocabulary_gives_the_same_tokens(bounds):
+    """Also where a rank has fewer rows than top-k asks for."""
+    rows = 4 * len(KINDS)
+    logits = rng().normal(size=(rows, 100)).astype(np.float32)
+    params = [SamplingParams(**KINDS[i % len(KINDS)], seed=i) for i in range(rows)]
+    positions = [i * i for i in range(rows)]
+    expected = draw(logits, params, positions)
+    for tokens in split_draw(logits, params, positions, bounds):
+        assert tokens == expected
+
+
+def test_a_split_flat_vocabulary():
+    logits = (rng().normal(size=(3, 5000)) * 0.01).astype(np.float32)
+    params = [
+        SamplingParams(temperature=1.0, top_p=p, seed=i) for i, p in enumerate((0.5, 0.9, 0.999))
+    ]
+    expected = draw(logits, params, [0, 1, 2])
+    for tokens in split_draw(logits, params, [0, 1, 2], (0, 100, 5000)):
+        assert tokens == expected
+
+
+def test_half_precision_logits():
+    logits = mx.array(rng().normal(size=(2, 40))).astype(mx.bfloat16)
+    sampler = Sampler(Communicator(), (0, 40), 40)
+    params = [SamplingParams(temperature=1.0, top_p=0.9, seed=1), SamplingParams()]
+    wide = sampler(logits.astype(mx.float32), params, [0, 0]).tolist()
+    assert sampler(logits, params, [0, 0]).tolist() == wide
