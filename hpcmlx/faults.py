@@ -42,7 +42,8 @@ def strike(rank: int, step: int) -> None:
     if (rank, step) != (int(match[1]), int(match[2])):
         return
     kind = match[3]
-    print(f"injected fault: {kind} at step {step} of rank {rank}", file=sys.stderr, flush=True)
+    # Not sys.stderr, which a progress bar may hold.
+    print(f"injected fault: {kind} at step {step} of rank {rank}", file=sys.__stderr__, flush=True)
     if kind == "exception":
         raise RuntimeError(f"injected at step {step} of rank {rank}")
     if kind in ("exit", "exit0"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import sys
 import time
 import traceback
@@ -127,6 +128,8 @@ def _run(
     parallel = settings.parallel
     mesh = Mesh(ParallelDims(parallel.dp, parallel.pp, parallel.tp), world)
     logger = log.setup(world.rank, comm.hostname(), run_dir)
+    # Batch systems announce the end of the time with it; by default it would end the rank.
+    signal.signal(signal.SIGUSR1, lambda *_: logger.warning("SIGUSR1: nothing to save, going on"))
     _report_host(logger, mesh, run_dir)
     if mx.metal.is_available():
         # Weights that are paged out between steps would make a big model crawl.

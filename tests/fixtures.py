@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -115,8 +116,9 @@ class Outcome:
 
     @property
     def messages(self) -> list[str]:
-        """What hpcmlx itself said on standard error."""
-        return [text for _, text in self.lines if text.startswith("hpcmlx: ")]
+        """What hpcmlx itself said on standard error, the mpirun line of `launch=mpirun` left out."""
+        said = [text for _, text in self.lines if text.startswith("hpcmlx: ")]
+        return [text for text in said if not text.startswith(f"hpcmlx: {find_mpirun()} ")]
 
     def after(self, text: str) -> float:
         """Seconds from the first line with `text` to the end."""
@@ -271,10 +273,11 @@ def assert_done(outcome: Outcome, run_dir: Path) -> None:
 def assert_refused(
     outcome: Outcome, code: int, *words: str, run_dir: Path | None = None, traceback: bool = False
 ) -> str:
-    """The job failed as it should: its code, one message with `words` in it, everybody gone in
-    time, no results. Gives the message."""
+    """The job failed as it should: its code, one message with `words` in it (several ranks may say
+    it where all refuse the same), everybody gone in time, no results. Gives the message."""
     assert outcome.code == code, outcome.err
-    assert len(outcome.messages) == 1, outcome.err
+    said = {re.sub(r"rank \d+ on \S+: ", "", text) for text in outcome.messages}
+    assert len(said) == 1, outcome.err
     message = outcome.messages[0]
     for word in words:
         assert word in message, message
@@ -291,11 +294,3 @@ def assert_nothing_left(outcome: Outcome, run_dir: Path | None) -> None:
         left = {path.name for path in run_dir.rglob("*") if path.is_file()}
         assert not left & {"completed.json", "results.jsonl", "results.h5", "logprobs.h5"}
         assert not [name for name in left if name.endswith(".tmp")]
-
-
-def until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
-    """Wait for something that a job does."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)

@@ -17,11 +17,8 @@ import mlx.core as mx
 import pytest
 
 from hpcmlx import comm, faults
-from hpcmlx.errors import ConfigError, InputError
-from hpcmlx.inference.request import read_requests
-from hpcmlx.inference.sampling import SamplingParams
+from hpcmlx.errors import ConfigError
 from hpcmlx.job import Peer, check_peers
-from hpcmlx.models.tokenizer import load_tokenizer
 from tests.fixtures import (
     GRACE,
     ROOT,
@@ -137,7 +134,7 @@ MODELS = {
     "truncated": (77, ["model.safetensors", "the file has", "copy the file again"]),
     "header": (77, ["model.safetensors", "bad safetensors header", "copy the file again"]),
     "shard": (77, ["model-00002-of-00002.safetensors is missing", "copy or fetch"]),
-    "unknown": (78, ["evil"]),
+    "unknown": (78, ["'evil'", "upgrade mlx-lm or use another model"]),
     "auto_map": (78, ["evil", "auto_map", "never done"]),
     "model_file": (78, ["model_file", "evil.py", "never done"]),
     "pickle": (78, ["pytorch_model.bin", "never opened", "safetensors"]),
@@ -162,8 +159,7 @@ def with_models(model, prompts, folder) -> dict[str, Outcome]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_cannot_be_used(with_models, folder, name):
     code, words = MODELS[name]
-    message = assert_refused(with_models[name], code, *words, run_dir=folder / f"run-{name}")
-    assert str(folder / name) in message
+    assert_refused(with_models[name], code, *words, run_dir=folder / f"run-{name}")
     assert not (folder / "mark").exists(), "code of the model directory was run"
 
 
@@ -190,15 +186,21 @@ def test_a_model_that_one_host_has_incomplete(model, prompts, tmp_path):
         (3, ["parallel.tp=2"], {}, 2, ["layout dp1_pp1_tp2 needs 2 ranks but 3 ranks started"]),
         (2, ["parallel.tp=2"], {"num_attention_heads": 1, "num_key_value_heads": 1}, 78, ["head"]),
         (2, ["parallel.pp=2"], {"num_hidden_layers": 1}, 78, ["layer"]),
-        (2, ["parallel.pp=2", "parallel.pp_layers=[1,2]"], {}, 78, ["pp_layers", "4 layers"]),
+        (
+            2,
+            ["parallel.pp=2", "parallel.pp_layers=[1,2]"],
+            {},
+            78,
+            ["pp_layers=[1, 2]", "model has 4"],
+        ),
         (2, ["parallel.tp=2"], {"model_type": "helium"}, 78, ["'helium'", "use parallel.pp"]),
     ],
     ids=["ranks", "heads", "stages", "pp_layers", "plan"],
 )
 def test_a_layout_that_cannot_be(line, tmp_path, ranks, layout, changes, code, words):
     if changes:
-        kind = changes.get("model_type", "llama")
-        line = [*line, f"model.path={save_model(tmp_path / 'model', kind, **changes)}"]
+        changes = {"model_type": "llama"} | changes
+        line = [*line, f"model.path={save_model(tmp_path / 'model', **changes)}"]
     outcome = run("generate", *line, *layout, ranks=ranks)
     assert_refused(outcome, code, f"on {comm.hostname()}: ", *words, run_dir=tmp_path / "run")
 
@@ -206,38 +208,10 @@ def test_a_layout_that_cannot_be(line, tmp_path, ranks, layout, changes, code, w
 # -- input and output --
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ('{"prompt": "a"', ["not JSON"]),
-        ('["a"]', ["a row is a JSON object, not list"]),
-        ({"prompt": "a", "temprature": 1}, ["unknown key 'temprature'", "temperature"]),
-        ({"prompt": "a", "messages": []}, ["either 'prompt' or 'messages'"]),
-        ({"id": "x"}, ["either 'prompt' or 'messages'"]),
-        ({"prompt": 3}, ["'prompt' must be a string"]),
-        ({"prompt": "a" * 600}, ["600 prompt tokens", "context of 512", "shorten"]),
-        ({"prompt": "a", "id": "first"}, ["id 'first' was used in line 1"]),
-        ({"prompt": "a", "max_tokens": 0}, ["max_tokens=0"]),
-        ({"prompt": "a", "top_p": True}, ["top_p", "float"]),
-        ({"prompt": "a", "max_tokens": 1.5}, ["max_tokens", "int"]),
-        ({"prompt": "a", "stop": ""}, ["stop must be"]),
-        ({"prompt": "a", "stop": 3}, ["stop must be"]),
-        ({"prompt": ""}, ["no tokens"]),
-        ({"messages": "hello"}, ["'messages' must be a list"]),
-        ({"messages": [{"content": "hello"}]}, ["'messages' must be a list"]),
-    ],
-)
-def test_a_bad_row_is_named(model, tmp_path, row, words):
-    path = write_rows(tmp_path / "in.jsonl", [{"id": "first", "prompt": "a"}, "", row])
-    with pytest.raises(InputError) as caught:
-        read_requests(path, load_tokenizer(model), SamplingParams(max_tokens=16), 512)
-    for word in [f"{path}:3: ", *words]:
-        assert word in str(caught.value)
-
-
 def test_a_bad_row_ends_the_job(line, tmp_path):
     path = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}, '{"prompt": '])
-    outcome = run("generate", *line, f"input={path}", "parallel.tp=2", ranks=2)
+    # The launcher's exit code is the ranks' own.
+    outcome = run("generate", *line, f"input={path}", "parallel.tp=2", "launch=mpirun")
     words = [f"rank 0 on {comm.hostname()}: ", f"{path}:2: not JSON"]
     assert_refused(outcome, 65, *words, run_dir=tmp_path / "run")
 
@@ -318,9 +292,7 @@ def test_a_rank_that_dies_ends_the_job(line, tmp_path, kind, word):
     assert word in outcome.err  # mpirun's words
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_to_the_launcher_ends_the_job(line, tmp_path, number):
     env = {faults.ENV: "rank=1,step=3,kind=hang"}
     job = start("generate", *line, "parallel.pp=2", "launch=mpirun", env=env)
@@ -425,19 +397,20 @@ def test_too_few_ranks_fail_the_suite(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "word"),
+    ("body", "words"),
     [
-        ("assert mpi_world.rank == 0", "assert 1 == 0"),
-        ("while mpi_world.rank: time.sleep(0.1)", "Timeout"),
+        ("assert mpi_world.rank == 0", ["FAILED on rank 1 of 2", "assert 1 == 0"]),
+        ("while mpi_world.rank: time.sleep(0.1)", ["TIMEOUT on rank 1 of 2", "test_it.py"]),
         # One barrier more than the plugin's own at the end: rank 0 waits inside MPI.
-        ("[mpi_world.barrier() for _ in range(2 * (1 - mpi_world.rank))]", "Timeout"),
+        ("[mpi_world.barrier() for _ in range(2 - 2 * mpi_world.rank)]", ["TIMEOUT on rank 0"]),
     ],
     ids=["failure", "loop", "collective"],
 )
-def test_a_test_that_fails_on_one_rank_fails_the_suite(tmp_path, body, word):
+def test_a_test_that_fails_on_one_rank_fails_the_suite(tmp_path, body, words):
     file = tmp_path / "test_it.py"
     file.write_text(f"import time\n\ndef test_it(mpi_world):\n    {body}\n")
-    options = ["--timeout=2", "--timeout-method=thread"]
-    outcome = pytest_under_mpirun(file, 2, 2, *options)
-    assert outcome.code != 0 and word in outcome.err + outcome.out
+    outcome = pytest_under_mpirun(file, 2, 2, "--timeout=2")
+    assert outcome.code != 0
+    for word in words:
+        assert word in outcome.err
     assert not outcome.survivors

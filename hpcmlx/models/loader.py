@@ -132,8 +132,20 @@ def _weight_format(weights: str) -> WeightFormat:
 
 
 def vocab_size(model: nn.Module) -> int:
-    """Rows of the model's logits, from an unevaluated forward pass."""
-    return model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    """Rows of the model's logits, from an unevaluated forward pass.
+
+    Raises:
+        ConfigError: the model has kernels for Metal only and this host has none.
+    """
+    try:
+        return model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    except RuntimeError as error:
+        if "metal" not in str(error).lower():
+            raise
+        name = type(model).__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"{name}: needs Metal kernels, which this host does not have; run it on Macs"
+        ) from None
 
 
 def stage_layers(

@@ -107,7 +107,8 @@ def build_skeleton(
         )
     else:
         packed = quantized
-        for path in packed:
+        for path, packing in packed.items():
+            _check_packed(_module(model, path), path, packing, outputs)
             scales = outputs.pop(f"{path}.scales")
             outputs.pop(f"{path}.biases", None)
             floating = mx.issubdtype(scales.dtype, mx.floating)
@@ -129,7 +130,7 @@ def _placeholders(tensors: Mapping[str, TensorInfo]) -> dict[str, mx.array]:
 def _instantiate(config: dict[str, Any]) -> nn.Module:
     try:
         model_class, args_class = mlx_lm_utils._get_classes(config)
-    except (ValueError, KeyError, SystemExit) as error:
+    except (ValueError, KeyError, AttributeError, SystemExit) as error:
         # Some modules of mlx-lm leave by sys.exit where a package of theirs is missing.
         name = config.get("model_type", "none")
         raise ConfigError(
@@ -159,6 +160,12 @@ def _sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.ar
         raise IntegrityError(
             f"tensor {error} is missing from the checkpoint; copy or fetch the model again"
         ) from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise IntegrityError(
+            f"{type(model).__module__} cannot arrange the checkpoint's tensors ({reason}); "
+            "config.json and weights do not belong together"
+        ) from error
 
 
 def trace_origins(
@@ -274,6 +281,34 @@ def _check_parameters(model: nn.Module, weights: Mapping[str, mx.array]) -> None
                 f"{path} has shape {array.shape} in the checkpoint but config.json says "
                 f"{expected[path].shape}; they do not belong together"
             )
+
+
+def _check_packed(
+    module: nn.Module, path: str, packing: Quantization, weights: Mapping[str, mx.array]
+) -> None:
+    """The parts of one packed weight that is to be unpacked: all there, of the right shapes."""
+    *rows, columns = module.weight.shape
+    groups = (*rows, columns // packing.group_size)
+    expected = {"weight": (*rows, columns * packing.bits // 32), "scales": groups}
+    if packing.mode == "affine":
+        expected["biases"] = groups
+    for part, shape in expected.items():
+        name = f"{path}.{part}"
+        if name not in weights:
+            raise IntegrityError(
+                f"the checkpoint lacks {_some([name])}; copy or fetch the model again"
+            )
+        if weights[name].shape != shape:
+            raise IntegrityError(
+                f"{name} has shape {weights[name].shape} in the checkpoint but config.json says "
+                f"{shape} ({packing.bits} bits in groups of {packing.group_size}); they do not "
+                "belong together"
+            )
+    if packing.mode != "affine" and f"{path}.biases" in weights:
+        raise IntegrityError(
+            f"the checkpoint holds {_some([f'{path}.biases'])}, which {packing.mode} does not "
+            "have; config.json and weights do not belong together"
+        )
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:
