@@ -116,7 +116,7 @@ class Outcome:
 
     @property
     def messages(self) -> list[str]:
-        """What hpcmlx itself said on standard error, the mpirun line of `launch=mpirun` left out."""
+        """What hpcmlx said on standard error, but for the mpirun line of `launch=mpirun`."""
         said = [text for _, text in self.lines if text.startswith("hpcmlx: ")]
         return [text for text in said if not text.startswith(f"hpcmlx: {find_mpirun()} ")]
 
@@ -156,8 +156,10 @@ class Running:
 
     def _read(self, stream: IO[str], lines: list[tuple[float, str]]) -> None:
         for line in stream:
-            # mpirun's own texts end with a NUL that lands on the next line.
-            lines.append((time.monotonic() - self._begin, line.strip("\n\0 ")))
+            text = line.rstrip("\n")
+            if stream is self.process.stderr:
+                text = text.lstrip("\0 ")  # mpirun ends its own texts with them, not with a newline
+            lines.append((time.monotonic() - self._begin, text))
 
     def wait_for(self, text: str, timeout: float = TIMEOUT) -> None:
         """Until a line of standard error has `text` in it."""

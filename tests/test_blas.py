@@ -95,9 +95,18 @@ def test_an_override_is_used_or_refused(host, monkeypatch):
     assert blas.interpose() == blas.Blas("OpenBLAS", "/opt/libfast.so", 12)
     for bad in ("/opt/none.so", "/opt/libempty.so"):
         monkeypatch.setenv(blas.ENV, bad)
-        with pytest.raises(OSError, match=f"HPCMLX_BLAS={bad} cannot be loaded"):
-            blas.interpose()
+        chosen = blas.interpose()
+        assert not chosen.fast
+        assert chosen.problem.startswith(f"HPCMLX_BLAS='{bad}' cannot be loaded or has no cblas_")
     assert SYSTEM not in [path for path, _ in host.loads]
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-1", "2.5"])
+def test_a_thread_count_that_is_none_is_a_problem(host, monkeypatch, value):
+    host.found[SYSTEM] = True
+    monkeypatch.setenv(blas.THREADS, value)
+    assert f"{blas.THREADS}='{value}' is not a number" in blas.interpose().problem
+    assert host.loads == []
 
 
 def test_too_late_after_mlx(host):

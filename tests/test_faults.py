@@ -263,7 +263,6 @@ def test_a_full_disk(line, tmp_path, share):
         ("exception", 0, 70),
         ("exit", 1, 3),
         ("exit0", 1, 70),
-        ("exit0", 0, 70),
     ],
 )
 def test_a_rank_that_raises_ends_the_job(line, tmp_path, kind, rank, code):
@@ -369,12 +368,10 @@ def test_without_a_fast_blas_there_is_a_warning(line, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS always has Accelerate")
-@pytest.mark.parametrize(
-    ("name", "value"), [("HPCMLX_BLAS", "/absent.so"), ("OPENBLAS_NUM_THREADS", "many")]
-)
-def test_a_blas_that_cannot_be(line, tmp_path, name, value):
-    outcome = run("generate", *line, env={name: value})
-    assert_refused(outcome, 78, name, value, run_dir=tmp_path / "run")
+def test_a_blas_that_is_not_there(line, tmp_path):
+    outcome = run("generate", *line, env={"HPCMLX_BLAS": "/absent.so"})
+    words = ["HPCMLX_BLAS='/absent.so'", "unset it"]
+    assert_refused(outcome, 78, *words, run_dir=tmp_path / "run")
 
 
 # -- the suite itself --
@@ -400,15 +397,17 @@ def test_too_few_ranks_fail_the_suite(tmp_path):
     ("body", "words"),
     [
         ("assert mpi_world.rank == 0", ["FAILED on rank 1 of 2", "assert 1 == 0"]),
-        ("while mpi_world.rank: time.sleep(0.1)", ["TIMEOUT on rank 1 of 2", "test_it.py"]),
         # One barrier more than the plugin's own at the end: rank 0 waits inside MPI.
-        ("[mpi_world.barrier() for _ in range(2 - 2 * mpi_world.rank)]", ["TIMEOUT on rank 0"]),
+        (
+            "[mpi_world.barrier() for _ in range(2 - 2 * mpi_world.rank)]",
+            ["TIMEOUT on rank 0 of 2", "test_it.py"],
+        ),
     ],
-    ids=["failure", "loop", "collective"],
+    ids=["failure", "hang"],
 )
 def test_a_test_that_fails_on_one_rank_fails_the_suite(tmp_path, body, words):
     file = tmp_path / "test_it.py"
-    file.write_text(f"import time\n\ndef test_it(mpi_world):\n    {body}\n")
+    file.write_text(f"def test_it(mpi_world):\n    {body}\n")
     outcome = pytest_under_mpirun(file, 2, 2, "--timeout=2")
     assert outcome.code != 0
     for word in words:

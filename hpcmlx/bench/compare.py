@@ -112,7 +112,7 @@ def _speed_table(measured: dict[str, list[Result]]) -> str:
 
 def _memory_table(measured: dict[str, list[Result]]) -> str:
     lines = [
-        "| rank | shard MiB | read / shard (≤ 1.1) | peak RSS MiB | shard + largest tensor + base |",
+        "| rank | shard MiB | read / shard | peak RSS MiB | shard + largest tensor + base |",
         "|---|---|---|---|---|",
     ]
     for name in ("one", "tp2", "pp2"):

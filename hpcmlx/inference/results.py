@@ -1,5 +1,5 @@
-"""Writes what a generate job leaves behind: `results.jsonl` for people, `results.h5` for programs and
-`summary.json` about the run.
+"""Writes what a generate job leaves behind: `results.jsonl` for people, `results.h5` for programs
+and `summary.json` about the run.
 
 Rows come in input order, and every file is whole or not there at all.
 """
@@ -83,8 +83,8 @@ def describe(totals: Mapping[str, Any]) -> str:
     """The line that ends a run."""
     prefill = totals["prompt_tokens"] / max(totals["prefill_seconds"], 1e-9)
     return (
-        f"{totals['rows']} rows, {totals['prompt_tokens']} prompt + {totals['generated_tokens']} new "
-        f"tokens in {totals['seconds']:.1f} s: {totals['tokens_per_sec']:.1f} tok/s "
+        f"{totals['rows']} rows, {totals['prompt_tokens']} prompt + "
+        f"{totals['generated_tokens']} new tokens in {totals['seconds']:.1f} s: {totals['tokens_per_sec']:.1f} tok/s "
         f"(prefill {prefill:.0f} tok/s)"
     )
 

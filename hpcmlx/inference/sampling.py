@@ -26,7 +26,7 @@ class SamplingParams:
     Attributes:
         temperature: 0 is greedy.
         top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-        top_k: keep this many; 0 keeps all.
+        top_k: keep this many, and those as likely as the last of them; 0 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
         seed: of the row's draws.
         max_tokens: stop after this many tokens.

@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 _MAX_READ = 1 << 30
 # Pieces from here on are read by one pread each (2 us a call, no page is mapped). Smaller ones lie
 # on pages that are fetched whole anyway: slicing a map copies 73,728 pieces of 768 bytes in 18 ms
-# where preads take 169 ms, while 14 KiB pieces are equally fast both ways (27 and 19 ms for 56 MiB).
+# where preads take 169 ms, while 14 KiB pieces are as fast either way (27 and 19 ms for 56 MiB).
 _MIN_PREAD = 4096
 # Mapped pages count as resident memory, so a map never covers more than this.
 _MAX_MAP = 32 << 20

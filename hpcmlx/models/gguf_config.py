@@ -1,5 +1,5 @@
 """What a GGUF file means in mlx-lm's words: the model config from its metadata, and Hugging Face
-tensor names. Whatever is not in these tables is refused by name, so that nothing of a model is lost.
+tensor names. Whatever is not in these tables is refused by name, so that nothing is lost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and the tensor table, every claim checked against the file.
 
 Used by `gguf.GGUFCheckpoint`. The constants come from the `gguf` package; its GGUFReader is not
-used because it keeps an object per vocabulary entry: 5 s and 160 MB on every rank for 49,152 tokens.
+used because it keeps an object per vocabulary entry: 5 s and 160 MB a rank for 49,152 tokens.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the rule; "digits" and "gpt2" are GPT-2's own, with and without single digits
+# tokenizer.ggml.pre -> the rule; "digits" and "gpt2" are GPT-2's, with and without single digits
 _SPLITS = {
     "smollm": "digits",
     "starcoder": "digits",

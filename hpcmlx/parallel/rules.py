@@ -1,7 +1,7 @@
 """The words in which a plan says how a model is cut, and how a plan is matched with a model.
 
 `models/plans.py` writes plans in these words; `tensor.apply_plan` carries them out. A plan and a
-model that do not fit exactly are refused: a projection that a plan forgets would give wrong numbers.
+model that do not fit exactly are refused: a projection that a plan forgets would be wrong.
 """
 
 from __future__ import annotations

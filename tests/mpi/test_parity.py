@@ -113,12 +113,12 @@ def test_sampling_does_not_depend_on_the_layout(world, shared, on_root):
     """Every way to truncate, sampled on all layouts of this size and on one rank alone."""
     path = checkpoint("llama", shared, on_root)
     kinds = [
-        dict(temperature=1.0),
-        dict(temperature=0.7, top_k=5),
-        dict(temperature=1.3, top_p=0.8),
-        dict(temperature=1.0, min_p=0.2),
-        dict(temperature=0.9, top_p=0.95, top_k=20, min_p=0.01),
-        dict(),
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 0.9, "top_p": 0.95, "top_k": 20, "min_p": 0.01},
+        {},
     ]
 
     def sampling(i):
