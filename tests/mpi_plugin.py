@@ -81,6 +81,10 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
+    if world.size == 1:  # a world of one needs no MPI, but pytest-mpi has started it
+        from mpi4py import MPI
+
+        MPI.Finalize()
     comm.finalize(_status)
 
 

@@ -393,3 +393,9 @@ def test_a_config_without_a_needed_key():
     config = {k: v for k, v in LLAMA.items() if k != "hidden_size"}
     with pytest.raises(ConfigError, match=r"config\.json does not fit mlx-lm's llama.*hidden_size"):
         skeleton(config, {})
+
+
+def test_quantized_activations_are_refused():
+    config = CONFIGS["llama"] | {"quantize_activations": True}
+    with pytest.raises(ConfigError, match="quantize_activations"):
+        build_skeleton(config, {}, None, "keep")

@@ -84,8 +84,8 @@ def describe(totals: Mapping[str, Any]) -> str:
     prefill = totals["prompt_tokens"] / max(totals["prefill_seconds"], 1e-9)
     return (
         f"{totals['rows']} rows, {totals['prompt_tokens']} prompt + "
-        f"{totals['generated_tokens']} new tokens in {totals['seconds']:.1f} s: {totals['tokens_per_sec']:.1f} tok/s "
-        f"(prefill {prefill:.0f} tok/s)"
+        f"{totals['generated_tokens']} new tokens in {totals['seconds']:.1f} s: "
+        f"{totals['tokens_per_sec']:.1f} tok/s (prefill {prefill:.0f} tok/s)"
     )
 
 

@@ -244,9 +244,21 @@ _SUPPORTED_METHODS = ("mxfp4", "mxfp8", "fp8", "compressed-tensors")
 
 def _quantization_config(config: dict[str, Any]) -> Mapping[str, Any]:
     """The per-module overrides of the config; refuses methods that rewrite weights on load."""
+    if config.get("quantize_activations"):
+        raise ConfigError(
+            "the model asks for quantized activations (quantize_activations), which is not "
+            "supported; remove the key from config.json to run it with plain ones"
+        )
     if (quantization := config.get("quantization")) is not None:
         return quantization
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    text = config.get("text_config") or {}
+    settings = config.get("quantization_config") or text.get("quantization_config") or {}
+    method = settings.get("quant_method")
+    if method == "compressed-tensors":
+        try:
+            mlx_lm_utils._compressed_tensors_quantization(settings)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if method is not None and method not in _SUPPORTED_METHODS:
         raise ConfigError(
             f"quantization method '{method}' is not supported here (supported: MLX's own, "

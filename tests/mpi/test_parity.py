@@ -135,7 +135,7 @@ def test_sampling_does_not_depend_on_the_layout(world, shared, on_root):
     for layout in layouts.TINY[world.size]:
         mesh = Mesh(layout.dims, world)
         loaded = load_model(
-            str(path),
+            open_checkpoint(path),
             mesh,
             tp_shares=layout.tp_shares,
             pp_layers=layout.layers(num_layers("llama")),
@@ -152,7 +152,7 @@ def test_only_the_shard_is_read(world, shared, on_root):
     for layout in layouts.TINY[world.size]:
         mesh = Mesh(layout.dims, world)
         loaded = load_model(
-            str(path),
+            open_checkpoint(path),
             mesh,
             tp_shares=layout.tp_shares,
             pp_layers=layout.layers(num_layers("llama")),
