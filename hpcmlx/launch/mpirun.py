@@ -222,6 +222,8 @@ def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
     run_dir = reserve_run_dir(job, layout) if path is None else make_run_dir(path)
     env = mpirun_environment(os.environ, over_ssh=any(h.name not in here for h in hosts))
     env[CLAIM_ENV] = claim(run_dir)
+    if not sys.stdout.isatty():
+        env["TERM"] = "dumb"  # mpirun gives rank 0 a terminal whatever its own output is
     argv = build_argv(
         mpirun,
         sys.executable,

@@ -1,7 +1,8 @@
 """A progress bar with answers above it on rank 0, silence on the others.
 
-Where the output is not a terminal (a log file, `TERM=dumb`) there is no bar; each answer then says
-how far the run is.
+Where the output is not a terminal there is no bar; each answer then says how far the run is. mpirun
+gives ranks a terminal of its own even when its output goes to a file: `TERM=dumb` says so, and
+`launch=mpirun` sets it by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class ProgressBar:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=Console(), disable=not enabled)
+        # Errors belong on stderr, even while the bar is up.
+        self._progress = Progress(
+            *columns, console=Console(), disable=not enabled, redirect_stderr=False
+        )
         self._task = self._progress.add_task(unit, total=total)
 
     def __enter__(self) -> ProgressBar:
