@@ -1,36 +1,48 @@
-"""What one process, or one rank of several, measures; prints a line of JSON on rank 0.
+"""What one process, or two ranks, measure; the last line of rank 0's output is JSON.
 
-    python -m hpcmlx.bench.measure mlx-lm models/smollm2-float32
-    mpirun -n 2 python -m hpcmlx.bench.measure hpcmlx models/smollm2-float32 --tp 2 --batch 8
+    python -m hpcmlx.bench.measure pair MODEL              one rank and mlx-lm, in turn
+    python -m hpcmlx.bench.measure mlx-lm MODEL            mlx-lm alone (another BLAS: HPCMLX_BLAS)
+    mpirun -n 2 python -m hpcmlx.bench.measure scale MODEL one rank, tp2 and pp2, in turn
+    mpirun -n 2 python -m hpcmlx.bench.measure wide -      one rank and tp2, a model of wide layers
+    mpirun -n 2 python -m hpcmlx.bench.measure load MODEL tp   what loading reads and holds
 
-The same random prompts and lengths for both, no end token, greedy, float32. `compare` runs these.
+What is compared runs in turn in the same processes, so that a machine whose speed drifts slows both
+sides alike. Random prompts, no end token, greedy, float32. `compare` runs these.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
+from mlx_lm.models import llama
 from mlx_lm.utils import load_model as mlx_lm_load
 
 from hpcmlx import BLAS, comm
+from hpcmlx.comm import Communicator
 from hpcmlx.inference.engine import Engine, RowResult
 from hpcmlx.inference.request import Request
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.models.checkpoint import open_checkpoint
-from hpcmlx.models.loader import load_model
+from hpcmlx.models.loader import LoadedModel, load_model
 from hpcmlx.observe.summary import peak_rss
 
-SHORT, LONG, NUM_NEW = 16, 256, 33
+SHORT, LONG, NUM_NEW = 16, 256, 25
+Series = dict[str, list[float]]
 
 
-def prompt(length: int, row: int) -> tuple[int, ...]:
+def prompt(length: int, row: int = 0) -> tuple[int, ...]:
     """A prompt of `length` token ids, the same on every run."""
     return tuple((row * 7919 + i * 104729) % 40000 + 100 for i in range(length))
 
@@ -50,86 +62,195 @@ class _NoText:
     def finalize(self) -> None: ...
 
 
-def measure_hpcmlx(path: str, dims: ParallelDims, batch: int, prefill: bool) -> dict[str, Any]:
-    """Decode and prefill tokens per second of the engine, and what loading cost each rank.
+class Runner:
+    """One layout of the model under test."""
 
-    Args:
-        batch: rows per microbatch; every stage has one microbatch.
-        prefill: also time a long prompt.
-    """
-    mesh = Mesh(dims, comm.init())
-    base = peak_rss()
-    begin = time.perf_counter()
-    checkpoint = open_checkpoint(path)
-    largest = max(info.nbytes for info in checkpoint.tensors.values())
-    loaded = load_model(checkpoint, mesh)
-    load_seconds = time.perf_counter() - begin
-    memory = {
-        "base_rss": base,
-        "peak_rss": peak_rss(),
-        "shard": loaded.num_bytes,
-        "bytes_read": loaded.bytes_read,
-        "largest_tensor": largest,
-    }
+    def __init__(self, model: str, mesh: Mesh):
+        self.mesh = mesh
+        self.loaded: LoadedModel = load_model(open_checkpoint(model), mesh)
 
-    def run(num_rows: int, length: int, num_new: int) -> tuple[Engine, list[RowResult], float]:
-        engine = Engine(loaded, mesh, _NoText(), batch_size=batch, prefill_chunk=2048)
+    def _run(self, num_rows: int, length: int, num_new: int, batch: int) -> list[RowResult]:
+        engine = Engine(self.loaded, self.mesh, _NoText(), batch_size=batch, prefill_chunk=2048)
         sampling = SamplingParams(max_tokens=num_new)
-        requests = [Request(i, str(i), prompt(length, i), sampling) for i in range(num_rows)]
         rows: list[RowResult] = []
-        mesh.world.barrier()
-        start = time.perf_counter()
+        requests = [Request(i, str(i), prompt(length, i), sampling) for i in range(num_rows)]
         engine.run(requests, rows.append)
-        return engine, rows, time.perf_counter() - start
+        return rows
 
-    num_rows = batch * dims.pp
-    run(num_rows, SHORT, 4)  # warm up
-    engine, rows, seconds = run(num_rows, SHORT, NUM_NEW)
-    if num_rows == 1:
-        decode = (NUM_NEW - 1) / (rows[0].seconds - rows[0].ttft)
-    else:
-        decode = num_rows * NUM_NEW / (seconds - engine.stats.prefill_seconds)
-    result = {"decode": decode, "load_seconds": load_seconds}
-    if prefill:
-        result["prefill"] = LONG / run(1, LONG, 1)[1][0].ttft
-    ranks = mesh.world.gather(memory)
-    return result | {"blas": str(BLAS), "ranks": ranks}
+    def decode(self, batch: int) -> float:
+        """Tokens per second over all rows, prefill excluded: `batch` rows in every microbatch, a
+        microbatch for every stage, all started before the clock."""
+        rows = self._run(batch * self.mesh.dims.pp, SHORT, NUM_NEW, batch)
+        begin = min(row.ended - row.seconds + row.ttft for row in rows)
+        return len(rows) * (NUM_NEW - 1) / (max(row.ended for row in rows) - begin)
+
+    def prefill(self) -> float:
+        """Prompt tokens per second, up to the first new token."""
+        return LONG / self._run(1, LONG, 1, 1)[0].ttft
 
 
-def measure_mlx_lm(path: str, prefill: bool) -> dict[str, Any]:
-    """The same work done by mlx-lm's own `generate_step`, one row at a time."""
-    model, _ = mlx_lm_load(Path(path))
+class MlxLm:
+    """mlx-lm's own `generate_step` on a model."""
 
-    def times(length: int, num_new: int) -> list[float]:
+    def __init__(self, model: Any):
+        self.model = model
+
+    def _times(self, length: int, num_new: int) -> list[float]:
         begin = time.perf_counter()
-        steps = generate_step(mx.array(prompt(length, 0)), model, max_tokens=num_new)
+        steps = generate_step(mx.array(prompt(length)), self.model, max_tokens=num_new)
         return [time.perf_counter() - begin for _ in steps]
 
-    times(SHORT, 4)
-    at = times(SHORT, NUM_NEW)
-    result: dict[str, Any] = {"decode": (NUM_NEW - 1) / (at[-1] - at[0])}
-    if prefill:
-        result["prefill"] = LONG / times(LONG, 1)[0]
-    return result | {"blas": str(BLAS)}
+    def decode(self) -> float:
+        """Tokens per second of one row, prefill excluded."""
+        at = self._times(SHORT, NUM_NEW)
+        return (NUM_NEW - 1) / (at[-1] - at[0])
+
+    def prefill(self) -> float:
+        """Prompt tokens per second, up to the first new token."""
+        return LONG / self._times(LONG, 1)[0]
+
+
+def in_turn(rounds: int, measurements: dict[str, Callable[[], float]]) -> Series:
+    """Every measurement once per round, after one that does not count."""
+    series: Series = {name: [] for name in measurements}
+    for number in range(rounds + 1):
+        for name, measure in measurements.items():
+            value = measure()
+            if number:
+                series[name].append(value)
+    return series
+
+
+def pair(model: str, rounds: int) -> Series:
+    """One rank of hpcmlx and mlx-lm, in one process and on the same weights in memory."""
+    ours = Runner(model, Mesh(ParallelDims(), Communicator()))
+    theirs = MlxLm(ours.loaded.stage.model)
+    return in_turn(
+        rounds,
+        {
+            "decode": lambda: ours.decode(1),
+            "decode mlx-lm": theirs.decode,
+            "prefill": ours.prefill,
+            "prefill mlx-lm": theirs.prefill,
+        },
+    )
+
+
+def mlx_lm_alone(model: str, rounds: int) -> Series:
+    """mlx-lm as its user runs it."""
+    theirs = MlxLm(mlx_lm_load(Path(model))[0])
+    return in_turn(rounds, {"decode": theirs.decode, "prefill": theirs.prefill})
+
+
+def scale(model: str, rounds: int) -> Series:
+    """On two ranks: rank 0 alone (the other sleeps), tp2 and pp2."""
+    world = comm.init()
+    tp2 = Runner(model, Mesh(ParallelDims(tp=2), world))
+    pp2 = Runner(model, Mesh(ParallelDims(pp=2), world))
+    one = Runner(model, Mesh(ParallelDims(), Communicator())) if world.rank == 0 else None
+    alone = partial(on_rank_0, world)
+    return in_turn(
+        rounds,
+        {
+            "one": lambda: alone(lambda: one.decode(1)),
+            "tp2": lambda: tp2.decode(1),
+            "one 8": lambda: alone(lambda: one.decode(8)),
+            "tp2 8": lambda: tp2.decode(8),
+            "pp2 8": lambda: pp2.decode(8),
+            "one prefill": lambda: alone(lambda: one.prefill()),
+            "tp2 prefill": tp2.prefill,
+        },
+    )
+
+
+def wide(_: str, rounds: int) -> Series:
+    """One rank and tp2 on a random model with layers as wide as those of a 1B one: what remains of
+    tp2 when the work that cannot be split is small beside the rest."""
+    world = comm.init()
+    folder = world.bcast(tempfile.mkdtemp(prefix="hpcmlx-bench-") if world.rank == 0 else None)
+    try:
+        if world.rank == 0:
+            save_random_llama(Path(folder))
+        world.barrier()
+        tp2 = Runner(folder, Mesh(ParallelDims(tp=2), world))
+        one = Runner(folder, Mesh(ParallelDims(), Communicator())) if world.rank == 0 else None
+    finally:
+        world.barrier()
+        if world.rank == 0:
+            shutil.rmtree(folder)
+    alone = partial(on_rank_0, world)
+    return in_turn(
+        rounds,
+        {"one wide": lambda: alone(lambda: one.decode(1)), "tp2 wide": lambda: tp2.decode(1)},
+    )
+
+
+def save_random_llama(folder: Path) -> None:
+    """Six layers of hidden size 2048, 16 heads, 8 key-value heads; 1.5 GB of float32."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 49152,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def on_rank_0(world: Communicator, measure: Callable[[], float]) -> float:
+    """Measure on rank 0 while rank 1 sleeps, which leaves rank 0 what it would have alone."""
+    if world.rank == 0:
+        value = measure()
+        world.isend(mx.array([1], mx.int32), 1, 1).wait()
+        return value
+    done = world.irecv((1,), mx.int32, 0, 1)
+    while not done.done():
+        time.sleep(0.01)
+    return 0.0
+
+
+def load(model: str, dims: ParallelDims) -> list[dict[str, int]] | None:
+    """What loading reads and holds on each rank, in bytes."""
+    mesh = Mesh(dims, comm.init())
+    base = peak_rss()
+    checkpoint = open_checkpoint(model)
+    largest = max(info.nbytes for info in checkpoint.tensors.values())
+    loaded = load_model(checkpoint, mesh)
+    mine = {
+        "shard": loaded.num_bytes,
+        "read": loaded.bytes_read,
+        "peak_rss": peak_rss(),
+        "bound": loaded.num_bytes + largest + base,
+    }
+    return mesh.world.gather(mine)
 
 
 def main() -> None:
     """Measure what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("engine", choices=("hpcmlx", "mlx-lm"))
+    parser.add_argument("what", choices=("pair", "mlx-lm", "scale", "wide", "load"))
     parser.add_argument("model")
-    for axis in ("dp", "pp", "tp"):
-        parser.add_argument(f"--{axis}", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("axis", nargs="?", choices=("tp", "pp"), help="for load, on several ranks")
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if args.engine == "mlx-lm":
-        result = measure_mlx_lm(args.model, not args.no_prefill)
+    result: Any
+    if args.what == "load":
+        size = comm.init().size
+        result = load(
+            args.model, ParallelDims(**{args.axis: size}) if args.axis else ParallelDims()
+        )
     else:
-        dims = ParallelDims(args.dp, args.pp, args.tp)
-        result = measure_hpcmlx(args.model, dims, args.batch, not args.no_prefill)
+        run = {"pair": pair, "mlx-lm": mlx_lm_alone, "scale": scale, "wide": wide}[args.what]
+        result = run(args.model, args.rounds)
     if comm.init().rank == 0:
-        print(json.dumps(result), flush=True)
+        print(json.dumps({"result": result, "blas": str(BLAS)}), flush=True)
     comm.finalize(0)
 
 

@@ -38,6 +38,7 @@ class RowResult:
         finish_reason: "stop" (end token or stop string) or "length".
         ttft: seconds from the start of its prefill to its first token.
         seconds: from the start of its prefill to its end.
+        ended: when that was, on the clock of `time.perf_counter`.
     """
 
     index: int
@@ -48,6 +49,7 @@ class RowResult:
     num_prompt_tokens: int
     ttft: float
     seconds: float
+    ended: float
 
 
 @dataclass
@@ -247,6 +249,7 @@ class Engine:
                 len(request.tokens),
                 row.first_token - row.started,
                 now - row.started,
+                now,
             )
         )
 
