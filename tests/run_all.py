@@ -66,7 +66,9 @@ def main() -> int:
     parser.add_argument("-n", "--ranks", type=int, nargs="*", default=[1, 2, 3, 4])
     parser.add_argument("--no-single", action="store_true", help="only the MPI parts")
     options, pytest_args = parser.parse_known_args()
-    python = [sys.executable, "-m", "pytest", "-q", *pytest_args]
+    # mpirun gives ranks a terminal whatever its own output is.
+    color = "yes" if sys.stdout.isatty() else "no"
+    python = [sys.executable, "-m", "pytest", "-q", f"--color={color}", *pytest_args]
     parts = []
     if not options.no_single:
         parts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,13 @@ def test_what_a_login_node_runs_needs_no_mlx(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.name)
 def test_jobs_are_thin(path):
     assert len(path.read_text().splitlines()) <= 60
+
+
+def test_top_level_is_what_the_readme_says():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("NOT CHECKED: this is not a git checkout, so ignored files cannot be told")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    folders = {"hpcmlx", "jobs", "conf", "hostfiles", "tests", "slurm", "docs", ".ci"}
+    files = {"setup.cfg", "pyproject.toml", "README.md", "Makefile", "LICENSE", ".gitignore"}
+    assert top == folders | files

@@ -120,15 +120,17 @@ class Engine:
         if wanted == 1:
             return 1
         reasons = self.mesh.replica.allgather(why_not_batched(self.stage))
-        if reason := next(filter(None, reasons), None):
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            return wanted
+        if self.mesh.world.rank == 0:
             _log.warning(
                 "this model cannot step rows of different lengths together (%s): one row "
                 "at a time instead of %d",
                 reason,
                 wanted,
             )
-            return 1
-        return wanted
+        return 1
 
     def run(self, requests: Sequence[Request], on_row: Callable[[RowResult], None]) -> Stats:
         """Generate every request; `on_row` gets each row as it finishes, on every rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -143,6 +144,25 @@ def test_sampling_does_not_depend_on_the_layout(world, shared, on_root):
         rows = run_engine(loaded, mesh, prompts, sampling, batch_size=3)
         if world.rank == 0:
             assert rows == alone, str(layout)
+    world.barrier()
+
+
+def test_bfloat16_crosses_stages_unchanged(world, shared, on_root, text):
+    """Stages do the very operations of one process, so bfloat16 must come out bit for bit."""
+    path = checkpoint("gemma3_text", shared, on_root)
+    alone = None
+    if world.rank == 0:
+        mesh = Mesh(layouts.Layout().dims, comm.Communicator())
+        loaded = load_model(open_checkpoint(path), mesh, dtype="bfloat16")
+        alone = score_tokens(loaded, mesh, text, WINDOW).logprobs
+    for layout in (layout for layout in layouts.TINY[world.size] if layout.tp == 1):
+        mesh = Mesh(layout.dims, world)
+        layers = layout.layers(num_layers("gemma3_text"))
+        loaded = load_model(open_checkpoint(path), mesh, dtype="bfloat16", pp_layers=layers)
+        assert all(leaf.dtype == mx.bfloat16 for leaf in loaded.stage.receives)
+        scores = score_tokens(loaded, mesh, text, WINDOW)
+        if world.rank == 0:
+            np.testing.assert_array_equal(scores.logprobs, alone)
     world.barrier()
 
 
