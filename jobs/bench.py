@@ -1,6 +1,6 @@
 """Measure hpcmlx against mlx-lm and against itself on one rank, on this host:
 
-    python jobs/bench.py                    # `make bench`: seven rounds, about eight minutes
+    python jobs/bench.py                    # `make bench`: five rounds, about eight minutes
     python jobs/bench.py --rounds 1
 
 Prints the tables of the README.
@@ -22,7 +22,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("models/smollm2"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     try:
         plain = args.model.with_name(args.model.name + "-float32")

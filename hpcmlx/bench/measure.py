@@ -38,7 +38,7 @@ from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import LoadedModel, load_model
 from hpcmlx.observe.summary import peak_rss
 
-SHORT, LONG, NUM_NEW = 16, 256, 25
+SHORT, LONG, NUM_NEW = 16, 256, 25  # tokens of a short and a long prompt, and new ones
 Series = dict[str, list[float]]
 
 
@@ -78,11 +78,13 @@ class Runner:
         return rows
 
     def decode(self, batch: int) -> float:
-        """Tokens per second over all rows, prefill excluded: `batch` rows in every microbatch, a
-        microbatch for every stage, all started before the clock."""
-        rows = self._run(batch * self.mesh.dims.pp, SHORT, NUM_NEW, batch)
+        """Tokens per second over all rows, from the first token of the first to the last of the last:
+        `batch` rows in every microbatch, a microbatch for every stage."""
+        # A longer run with several slots: the first tokens come while later slots still fill.
+        num_new = NUM_NEW if batch == 1 else 2 * NUM_NEW
+        rows = self._run(batch * self.mesh.dims.pp, SHORT, num_new, batch)
         begin = min(row.ended - row.seconds + row.ttft for row in rows)
-        return len(rows) * (NUM_NEW - 1) / (max(row.ended for row in rows) - begin)
+        return len(rows) * (num_new - 1) / (max(row.ended for row in rows) - begin)
 
     def prefill(self) -> float:
         """Prompt tokens per second, up to the first new token."""
