@@ -147,6 +147,7 @@ def _run(
             "versions": _versions(),
         }
         write_atomic(run_dir / mpirun.COMPLETED, json.dumps(record, indent=2).encode() + b"\n")
+        logger.info("complete: %s", run_dir)
     return code
 
 

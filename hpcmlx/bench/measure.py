@@ -78,7 +78,7 @@ class Runner:
         return rows
 
     def decode(self, batch: int) -> float:
-        """Tokens per second over all rows, from the first token of the first to the last of the last:
+        """Tokens per second over all rows, from the first row's first token to the last row's last:
         `batch` rows in every microbatch, a microbatch for every stage."""
         # A longer run with several slots: the first tokens come while later slots still fill.
         num_new = NUM_NEW if batch == 1 else 2 * NUM_NEW
