@@ -21,7 +21,9 @@ TOKENS = [(1, 2, 3), (), (2**31 - 1,), (4, 5), (6,), (7, 8, 9, 10)]
 
 def row(index: int, text: str, tokens: tuple[int, ...]) -> RowResult:
     reason = "stop" if index % 2 else "length"
-    return RowResult(index, f"id-{index}-ä", text, tokens, reason, 10 + index, 0.5 * index, index)
+    return RowResult(
+        index, f"id-{index}-ä", text, tokens, reason, 10 + index, 0.5 * index, index, 0.0
+    )
 
 
 ROWS = [row(i, text, tokens) for i, (text, tokens) in enumerate(zip(TEXTS, TOKENS, strict=True))]
