@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,12 +40,13 @@ def run_part(name: str, command: list[str], env: dict[str, str]) -> Part:
         report = Path(folder, "report.xml")
         print(f"\n===== {name} =====", flush=True)
         begin = time.monotonic()
-        try:
-            code = subprocess.run(
-                [*command, f"--junitxml={report}"], cwd=ROOT, env=env, timeout=TIMEOUT
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code, part.problem = 124, f"no end after {TIMEOUT} s"
+        with subprocess.Popen([*command, f"--junitxml={report}"], cwd=ROOT, env=env) as process:
+            try:
+                code = process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                code, part.problem = 124, f"no end after {TIMEOUT} s"
+            finally:
+                process.terminate()  # mpirun takes its ranks along
         part.seconds = time.monotonic() - begin
         if report.exists():
             suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -66,6 +68,7 @@ def main() -> int:
     parser.add_argument("-n", "--ranks", type=int, nargs="*", default=[1, 2, 3, 4])
     parser.add_argument("--no-single", action="store_true", help="only the MPI parts")
     options, pytest_args = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # mpirun gives ranks a terminal whatever its own output is.
     color = "yes" if sys.stdout.isatty() else "no"
     python = [sys.executable, "-m", "pytest", "-q", f"--color={color}", *pytest_args]
