@@ -38,6 +38,7 @@ def run_part(name: str, command: list[str], env: dict[str, str]) -> Part:
     part = Part(name)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
+        env = env | {"TMPDIR": folder}  # gone afterwards, even where a failing test ended its ranks
         print(f"\n===== {name} =====", flush=True)
         begin = time.monotonic()
         with subprocess.Popen([*command, f"--junitxml={report}"], cwd=ROOT, env=env) as process:
