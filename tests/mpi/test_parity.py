@@ -69,6 +69,12 @@ def num_layers(name):
     return config.get("text_config", config)["num_hidden_layers"]
 
 
+def load(path, mesh, layout):
+    """This rank's part of the checkpoint that `checkpoint` made, cut as the layout says."""
+    layers = layout.layers(num_layers(path.name))
+    return load_model(open_checkpoint(path), mesh, tp_shares=layout.tp_shares, pp_layers=layers)
+
+
 @pytest.fixture(scope="session")
 def text():
     return [int(t) for t in np.random.default_rng(0).integers(0, 90, 40)]
@@ -92,12 +98,7 @@ def run_engine(loaded, mesh, prompts, sampling, **options):
 def test_plan(name, layout, world, shared, on_root, text):
     path = checkpoint(name, shared, on_root)
     mesh = Mesh(layout.dims, world)
-    loaded = load_model(
-        open_checkpoint(path),
-        mesh,
-        tp_shares=layout.tp_shares,
-        pp_layers=layout.layers(num_layers(name)),
-    )
+    loaded = load(path, mesh, layout)
     scores = score_tokens(loaded, mesh, text, WINDOW, batch_size=2)
     rows = run_engine(loaded, mesh, PROMPTS, lambda i: SamplingParams(max_tokens=NUM_NEW))
     if world.rank == 0:
@@ -135,12 +136,7 @@ def test_sampling_does_not_depend_on_the_layout(world, shared, on_root):
         assert len({tuple(row) for row in alone}) == len(prompts)  # draws differ by seed
     for layout in layouts.TINY[world.size]:
         mesh = Mesh(layout.dims, world)
-        loaded = load_model(
-            open_checkpoint(path),
-            mesh,
-            tp_shares=layout.tp_shares,
-            pp_layers=layout.layers(num_layers("llama")),
-        )
+        loaded = load(path, mesh, layout)
         rows = run_engine(loaded, mesh, prompts, sampling, batch_size=3)
         if world.rank == 0:
             assert rows == alone, str(layout)
@@ -171,12 +167,7 @@ def test_only_the_shard_is_read(world, shared, on_root):
     path = checkpoint("llama", shared, on_root)
     for layout in layouts.TINY[world.size]:
         mesh = Mesh(layout.dims, world)
-        loaded = load_model(
-            open_checkpoint(path),
-            mesh,
-            tp_shares=layout.tp_shares,
-            pp_layers=layout.layers(num_layers("llama")),
-        )
+        loaded = load(path, mesh, layout)
         assert loaded.bytes_read <= 1.1 * loaded.num_bytes
         total = sum(world.allgather(loaded.num_bytes)) / layout.dp
         size = (path / "model.safetensors").stat().st_size
