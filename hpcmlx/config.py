@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hpcmlx.errors import ConfigError, UsageError
 from hpcmlx.schema import (
+    DataConfig,
     EvaluateConfig,
     GenerateConfig,
     InferenceConfig,
@@ -42,6 +43,7 @@ from hpcmlx.schema import (
 
 __all__ = [
     "CommandLine",
+    "DataConfig",
     "EvaluateConfig",
     "GenerateConfig",
     "InferenceConfig",
@@ -164,7 +166,7 @@ def help_text(cls: type[JobConfig], config_dir: str | Path) -> str:
     for key, kind, item in keys(cls):
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         shown = "required" if default is MISSING else "null" if default is None else default
-        choices = "|".join(item.metadata["choices"]) or describe(kind)
+        choices = "|".join(map(str, item.metadata["choices"])) or describe(kind)
         lines.append(f"  {key} ({choices}; {shown})\n      {item.metadata['help']}")
     lines.append("\nOptions: --help, --cfg job (print the configuration and end)")
     return "\n".join(lines)

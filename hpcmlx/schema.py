@@ -19,14 +19,14 @@ from hpcmlx.errors import ConfigError
 T = TypeVar("T")
 
 #: Keys that name a file or directory: no control characters.
-PATH_KEYS = ("model.path", "input", "run_dir", "launch.hostfile")
+PATH_KEYS = ("model.path", "model.adapter", "input", "run_dir", "launch.hostfile", "resume")
 
 
 def _key(
     help: str,
     default: Any = MISSING,
     *,
-    choices: tuple[str, ...] = (),
+    choices: tuple[Any, ...] = (),
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
@@ -59,6 +59,8 @@ class ModelConfig:
         "auto",
         choices=("auto", "keep", "dequantize"),
     )
+    adapter: str | None = _key("directory of a LoRA adapter, mlx-lm's or PEFT's; null: none", None)
+    verify: bool = _key("compare the model's files with its checksums.json, where it has one", True)
 
 
 @dataclass(kw_only=True)
@@ -80,11 +82,18 @@ class ParallelConfig:
 class InferenceConfig:
     """How the rows are batched."""
 
-    batch_size: int = _key("rows per microbatch", 8, low=1)
+    batch_size: int = _key("rows per microbatch, at most", 32, low=1)
     num_microbatches: int | None = _key(
-        "microbatches in flight; null: the number of stages", None, low=1
+        "microbatches in flight; null: the number of stages, one more where stages are seen idle",
+        None,
+        low=1,
     )
     prefill_chunk: int = _key("prompt tokens that go through a stage at once", 512, low=1)
+    kv_memory: str | None = _key(
+        "memory for KV caches on each rank, as in 4GiB; null: most of what is free", None
+    )
+    kv_bits: int | None = _key("8: keep KV caches in 8 bits; null: as computed", None, choices=(8,))
+    prefix_cache: bool = _key("compute what prompts begin with in common only once", True)
 
 
 @dataclass(kw_only=True)
@@ -100,6 +109,38 @@ class SamplingConfig:
     seed: int = _key("the draws of a row depend on this and on its id only", 0, low=0)
     max_tokens: int = _key("new tokens of a row, at most", 256, low=1)
     stop: list[str] = _key("strings that end a row", [])
+    repetition_penalty: float = _key(
+        "above 1: less of the tokens of the prompt and the answer", 1.0, above=0
+    )
+    frequency_penalty: float = _key(
+        "taken off a token's logit for each time the answer has it", 0.0, low=-2, high=2
+    )
+    presence_penalty: float = _key(
+        "taken off a token's logit where the answer has it", 0.0, low=-2, high=2
+    )
+    logprobs: int | None = _key(
+        "report the log-probability of every token and of so many likeliest; null: none",
+        None,
+        low=0,
+        high=20,
+    )
+    n: int = _key("answers to each prompt", 1, low=1)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What the input file is and where its columns are."""
+
+    format: str = _key(
+        "auto: by the file's name, and for JSONL by its rows",
+        "auto",
+        choices=("auto", "jsonl", "openai", "csv", "parquet", "hdf5"),
+    )
+    prompt_column: str = _key("CSV, Parquet, HDF5: column with the prompts", "prompt")
+    messages_column: str = _key(
+        "likewise: column with conversations, as JSON text or nested", "messages"
+    )
+    id_column: str = _key("likewise: column with the ids; need not be there", "id")
 
 
 @dataclass(kw_only=True)
@@ -150,6 +191,9 @@ class GenerateConfig(JobConfig):
     """jobs/generate.py: answers to the prompts of a JSONL file."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    resume: str | None = _key("run directory of a job to go on with; null: run_dir's own", None)
+    timeline: bool = _key("draw pipeline.png: what each stage did when", False)
 
 
 @dataclass(kw_only=True)
@@ -186,8 +230,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 def config_hash(cfg: JobConfig) -> str:
     """SHA-256 of what decides the results: everything but `run_dir` and `launch`."""
     values = to_dict(cfg)
-    for key in ("run_dir", "launch", "unresolved"):
-        del values[key]
+    for key in ("run_dir", "resume", "launch", "unresolved"):
+        values.pop(key, None)
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -225,7 +269,7 @@ def describe(kind: Any) -> str:
         return f"list of {describe(inner[0])}"
     if inner:
         return f"{describe(inner[0])} or null"
-    return {int: "int", float: "number", str: "text"}[kind]
+    return {bool: "true or false", int: "int", float: "number", str: "text"}[kind]
 
 
 def _refuse_unknown(cls: type, values: Mapping[Any, Any], prefix: str) -> None:
@@ -260,7 +304,7 @@ def _convert(kind: Any, value: Any, key: str, shown: Mapping[str, str]) -> Any:
         return None if value is None else _convert(inner[0], value, key, shown)
     if get_origin(kind) is list and isinstance(value, list):
         return [_convert(inner[0], v, f"{key}[{i}]", shown) for i, v in enumerate(value)]
-    if kind is str and isinstance(value, str):
+    if kind in (str, bool) and isinstance(value, kind):
         return value
     # Text stands for a number where an environment variable was interpolated.
     if kind in (int, float) and type(value) in (int, kind, str):
@@ -301,11 +345,12 @@ def _check_range(item: Any, value: Any, key: str, shown: Mapping[str, str]) -> N
         return
     text = _text(key, value, shown)
     if limits["choices"] and value not in limits["choices"]:
-        near = difflib.get_close_matches(value, limits["choices"], n=1)
+        choices = [str(choice) for choice in limits["choices"]]
+        near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}={text}: expected one of {', '.join(limits['choices'])}{hint}")
+        raise ConfigError(f"{key}={text}: expected one of {', '.join(choices)}{hint}")
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, str):
+        if isinstance(number, str | bool):
             continue
         low, above, high = limits["low"], limits["above"], limits["high"]
         if not math.isfinite(number):
@@ -341,7 +386,8 @@ def _check_together(cfg: JobConfig) -> None:
         )
     if isinstance(cfg, GenerateConfig) and "" in cfg.sampling.stop:
         raise ConfigError("sampling.stop has an empty string, which would end every row at once")
-    paths = (cfg.model.path, cfg.input, cfg.run_dir, launch.hostfile)
+    resume = getattr(cfg, "resume", None)
+    paths = (cfg.model.path, cfg.model.adapter, cfg.input, cfg.run_dir, launch.hostfile, resume)
     for key, path in zip(PATH_KEYS, paths, strict=True):
         if path is not None and (not path.strip() or not path.isprintable()):
             text = _text(key, path, cfg.unresolved)

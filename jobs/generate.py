@@ -12,9 +12,10 @@ Leaves `results.jsonl` and `results.h5` in the run directory. `--help` lists eve
 import time
 
 from hpcmlx.config import GenerateConfig
-from hpcmlx.inference.engine import Engine, RowResult
+from hpcmlx.inference.engine import Engine
 from hpcmlx.inference.request import max_context, read_requests
 from hpcmlx.inference.results import describe, gather_rows, summarize, write_results
+from hpcmlx.inference.rows import RowResult
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.job import Job, run_job
 from hpcmlx.models.checkpoint import open_checkpoint

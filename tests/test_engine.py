@@ -11,7 +11,7 @@ import pytest
 
 from hpcmlx.comm import Communicator
 from hpcmlx.inference.engine import Engine
-from hpcmlx.inference.request import Request
+from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.models.loader import LoadedModel

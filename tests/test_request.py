@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from hpcmlx.errors import InputError
-from hpcmlx.inference.request import Request, check_sampling, max_context, read_requests
+from hpcmlx.inference.request import check_sampling, max_context, read_requests
+from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams, row_seed
 from hpcmlx.models.tokenizer import _load
 from tests.fixtures import save_tokenizer

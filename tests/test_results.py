@@ -11,8 +11,9 @@ import pytest
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import OutputError
-from hpcmlx.inference.engine import RowResult, Stats
+from hpcmlx.inference.engine import Stats
 from hpcmlx.inference.results import as_json, describe, gather_rows, summarize, write_results
+from hpcmlx.inference.rows import RowResult
 from hpcmlx.mesh import Mesh, ParallelDims
 
 TEXTS = ["plain", "", "Grüße, 世界 🌍\n", "a\0b", 'quote " \\ \u2028 end', "\ufffd"]

@@ -30,8 +30,8 @@ from mlx_lm.utils import load_model as mlx_lm_load
 
 from hpcmlx import BLAS, comm
 from hpcmlx.comm import Communicator
-from hpcmlx.inference.engine import Engine, RowResult
-from hpcmlx.inference.request import Request
+from hpcmlx.inference.engine import Engine
+from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.models.checkpoint import open_checkpoint
@@ -83,8 +83,8 @@ class Runner:
         # A longer run with several slots: the first tokens come while later slots still fill.
         num_new = NUM_NEW if batch == 1 else 2 * NUM_NEW
         rows = self._run(batch * self.mesh.dims.pp, SHORT, num_new, batch)
-        begin = min(row.ended - row.seconds + row.ttft for row in rows)
-        return len(rows) * (num_new - 1) / (max(row.ended for row in rows) - begin)
+        begin = min(row.created - row.seconds + row.ttft for row in rows)
+        return len(rows) * (num_new - 1) / (max(row.created for row in rows) - begin)
 
     def prefill(self) -> float:
         """Prompt tokens per second, up to the first new token."""

@@ -19,37 +19,13 @@ import mlx.core as mx
 from hpcmlx import faults
 from hpcmlx.comm import Pending
 from hpcmlx.inference.batching import merge_caches, why_not_batched
-from hpcmlx.inference.request import Request
+from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.sampling import Sampler
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.parallel.link import StageLink
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """A finished row.
-
-    Attributes:
-        text: the answer, without the stop string or the end token.
-        tokens: every sampled token, the end token included.
-        finish_reason: "stop" (end token or stop string) or "length".
-        ttft: seconds from the start of its prefill to its first token.
-        seconds: from the start of its prefill to its end.
-        ended: when that was, on the clock of `time.perf_counter`.
-    """
-
-    index: int
-    id: str
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    num_prompt_tokens: int
-    ttft: float
-    seconds: float
-    ended: float
 
 
 @dataclass
@@ -181,7 +157,7 @@ class Engine:
         faults.strike(self.mesh.world.rank, self.stats.num_steps)
         if self.stats.num_steps % 256 == 0:
             mx.clear_cache()
-        logits = self._forward(feed[:, None], slot.caches)
+        logits = self.link.forward(feed[:, None], slot.caches)
         if logits is None:
             return self.link.receive_tokens(len(slot.rows))
         params = [row.request.sampling for row in slot.rows]
@@ -189,16 +165,6 @@ class Engine:
         mx.async_eval(tokens)
         self.link.send_tokens(tokens)
         return tokens
-
-    def _forward(self, tokens: mx.array, caches: list[Any]) -> mx.array | None:
-        """tokens [batch, length] through this stage; logits on the last stage, else None."""
-        inputs = [] if self.stage.first else self.link.receive(*tokens.shape)
-        outputs = self.stage(tokens, inputs, caches)
-        if self.stage.last:
-            return outputs
-        mx.eval(outputs, [cache.state for cache in caches])
-        self.link.send(outputs)
-        return None
 
     def _take_tokens(self, slot: _Slot, on_row: Callable[[RowResult], None]) -> list[int]:
         """Give the slot's sampled tokens to its rows; indices of the rows that go on."""
@@ -251,7 +217,7 @@ class Engine:
                 len(request.tokens),
                 row.first_token - row.started,
                 now - row.started,
-                now,
+                created=time.time(),
             )
         )
 
@@ -298,7 +264,7 @@ class Engine:
         caches = self.stage.make_cache()
         for start in range(0, len(tokens), self.prefill_chunk):
             chunk = mx.array([tokens[start : start + self.prefill_chunk]])
-            self._forward(chunk, caches)
+            self.link.forward(chunk, caches)
             # The last stage's logits of a prompt are not needed and never computed.
             mx.eval([cache.state for cache in caches])
         return caches

@@ -10,33 +10,18 @@ import codecs
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hpcmlx.errors import InputError
+from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams, row_seed
 from hpcmlx.models.tokenizer import render_chat
 
 _PARAMS = {field.name for field in fields(SamplingParams)}
 _KEYS = _PARAMS | {"id", "prompt", "messages"}
 _MIN_TEMPERATURE = 1e-5  # below it, logits divided by it leave float32
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row: what to continue and how.
-
-    Attributes:
-        index: position in the input, from 0; results come out in this order.
-        id: the row's own id, else its line number.
-        tokens: the prompt, at least one token.
-    """
-
-    index: int
-    id: str
-    tokens: tuple[int, ...]
-    sampling: SamplingParams
 
 
 def read_requests(

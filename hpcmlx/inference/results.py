@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 
 from hpcmlx.files import write_atomic, write_hdf5
-from hpcmlx.inference.engine import RowResult, Stats
+from hpcmlx.inference.engine import Stats
+from hpcmlx.inference.rows import RowResult
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.summary import write_summary

@@ -31,6 +31,12 @@ class SamplingParams:
         seed: of the row's draws.
         max_tokens: stop after this many tokens.
         stop: strings that end the row; they are not part of its text.
+        repetition_penalty: divides positive logits of tokens of the prompt and the answer, and
+            multiplies negative ones (Keskar et al. 2019, "CTRL", section 4.1); 1 is none.
+        frequency_penalty: subtracted once for each time the answer has the token already.
+        presence_penalty: subtracted where the answer has the token already.
+        logit_bias: (token, added to its logit).
+        logprobs: None for none, else how many of the likeliest tokens to report beside the sampled.
     """
 
     temperature: float = 0.0
@@ -40,10 +46,24 @@ class SamplingParams:
     seed: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     @property
     def truncates(self) -> bool:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the next token's logits depend on which tokens came before."""
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
 
 
 class Sampler:

@@ -6,7 +6,9 @@ buffer, and no message size can deadlock.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,11 +21,31 @@ _TOKENS_TAG = 30_000  # above the leaves' tags, below MPI's guaranteed 32767
 
 
 class StageLink:
-    """This rank's connections to its pipeline neighbours (same tensor rank, next stage)."""
+    """This rank's stage and its connections to its pipeline neighbours (same tensor rank).
+
+    Attributes:
+        seconds_waiting: how long this rank has waited for what other stages had to send.
+    """
 
     def __init__(self, mesh: Mesh, stage: Stage):
         self.mesh, self.stage = mesh, stage
+        self.seconds_waiting = 0.0
         self._sends: list[Pending] = []
+
+    def forward(self, tokens: mx.array, caches: list[Any] | None = None) -> mx.array | None:
+        """Run tokens [batch, length] through this stage: take what the stage before sends, and on
+        all stages but the last evaluate and pass on.
+
+        Returns:
+            On the last stage the logits [batch, length, local vocab], unevaluated; else None.
+        """
+        inputs = [] if self.stage.first else self.receive(*tokens.shape)
+        outputs = self.stage(tokens, inputs, caches)
+        if self.stage.last:
+            return outputs
+        mx.eval(outputs, [cache.state for cache in caches or []])
+        self.send(outputs)
+        return None
 
     def receive(self, batch: int, length: int) -> list[mx.array]:
         """The arrays that this stage takes from the one before, for tokens [batch, length]."""
@@ -32,10 +54,17 @@ class StageLink:
         for tag, leaf in enumerate(self.stage.receives):
             shape = leaf.shape(batch, length)
             if not leaf.fixed:  # grows with the cache: its sender tells
-                told = self.mesh.replica.irecv((_MAX_DIMS,), mx.int32, source, tag).wait().tolist()
-                shape = tuple(n for n in told if n >= 0)
+                told = self.mesh.replica.irecv((_MAX_DIMS,), mx.int32, source, tag)
+                shape = tuple(n for n in self.wait(told).tolist() if n >= 0)
             pending.append(self.mesh.replica.irecv(shape, leaf.dtype, source, tag))
-        return [p.wait() for p in pending]
+        return [self.wait(p) for p in pending]
+
+    def wait(self, pending: Pending) -> mx.array:
+        """What arrives, and the time that takes counted as waiting."""
+        begin = time.perf_counter()
+        array = pending.wait()
+        self.seconds_waiting += time.perf_counter() - begin
+        return array
 
     def send(self, arrays: Sequence[mx.array]) -> None:
         """Pass evaluated arrays to the next stage; returns at once."""

@@ -9,7 +9,7 @@ import pytest
 from hpcmlx import comm
 from hpcmlx.inference.engine import Engine
 from hpcmlx.inference.evaluate import score_tokens
-from hpcmlx.inference.request import Request
+from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import open_checkpoint
