@@ -145,11 +145,30 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class ScoringConfig:
-    """How a text is scored: windows that overlap, each token counted once."""
+    """What is evaluated, and how."""
 
-    window: int = _key("tokens the model sees at once", 512, low=2)
-    stride: int = _key("tokens from one window to the next; at most the window", 256, low=1)
-    max_tokens: int | None = _key("score only this many tokens of the text", None, low=2)
+    kind: str = _key(
+        "text: perplexity of a file; choices: multiple choice; harness: tasks of lm-eval",
+        "text",
+        choices=("text", "choices", "harness"),
+    )
+    window: int = _key("text: tokens the model sees at once", 512, low=2)
+    stride: int = _key(
+        "text: tokens from one window to the next; at most the window. Windows overlap by the "
+        "rest, and each token counts once",
+        256,
+        low=1,
+    )
+    max_tokens: int | None = _key("text: score only this many tokens of the file", None, low=2)
+    tasks: list[str] = _key("harness: names of tasks or groups, * allowed, as in [arc_easy]", [])
+    task_path: str | None = _key(
+        "harness: directory of task files; what they call (!function) is executed", None
+    )
+    num_fewshot: int | None = _key(
+        "harness: examples before each question; null: as the task says", None, low=0
+    )
+    limit: int | None = _key("harness: only so many questions of a task", None, low=1)
+    chat_template: bool = _key("harness: put questions as messages of a chat", False)
 
 
 @dataclass(kw_only=True)
@@ -198,8 +217,11 @@ class GenerateConfig(JobConfig):
 
 @dataclass(kw_only=True)
 class EvaluateConfig(JobConfig):
-    """jobs/evaluate.py: the log-probability of every token of a text."""
+    """jobs/evaluate.py: what a text costs, which choices a model makes, how it does in tasks."""
 
+    input: str | None = _key(  # type: ignore[assignment]
+        "text: a UTF-8 file; choices: questions (JSONL); harness: none", None
+    )
     evaluate: ScoringConfig = field(default_factory=ScoringConfig)
 
 
@@ -379,11 +401,8 @@ def _check_together(cfg: JobConfig) -> None:
             f"launch.num_ranks={launch.num_ranks} but the layout "
             f"dp{parallel.dp}_pp{parallel.pp}_tp{parallel.tp} is for {world}: leave it null"
         )
-    if isinstance(cfg, EvaluateConfig) and cfg.evaluate.stride > cfg.evaluate.window:
-        raise ConfigError(
-            f"evaluate.stride={cfg.evaluate.stride} leaves tokens out between windows of "
-            f"evaluate.window={cfg.evaluate.window}: it must be at most the window"
-        )
+    if isinstance(cfg, EvaluateConfig):
+        _check_evaluate(cfg)
     if isinstance(cfg, GenerateConfig) and "" in cfg.sampling.stop:
         raise ConfigError("sampling.stop has an empty string, which would end every row at once")
     resume = getattr(cfg, "resume", None)
@@ -392,3 +411,22 @@ def _check_together(cfg: JobConfig) -> None:
         if path is not None and (not path.strip() or not path.isprintable()):
             text = _text(key, path, cfg.unresolved)
             raise ConfigError(f"{key}={text}: empty, or has a control character")
+
+
+def _check_evaluate(cfg: EvaluateConfig) -> None:
+    own = cfg.evaluate
+    if own.kind != "harness" and cfg.input is None:
+        what = {"text": "text", "choices": "questions"}[own.kind]
+        raise ConfigError(f"input is not set; give input=… (the file with the {what})")
+    if own.kind == "harness" and not own.tasks:
+        raise ConfigError("evaluate.tasks is empty; give evaluate.tasks=[…] (names of tasks)")
+    if own.kind == "harness" and cfg.input is not None:
+        raise ConfigError("input is set, but evaluate.kind=harness takes none; see evaluate.tasks")
+    if own.kind == "text" and own.stride > own.window:
+        raise ConfigError(
+            f"evaluate.stride={own.stride} leaves tokens out between windows of "
+            f"evaluate.window={own.window}: it must be at most the window"
+        )
+    if own.task_path is not None and not (own.task_path.strip() and own.task_path.isprintable()):
+        text = _text("evaluate.task_path", own.task_path, cfg.unresolved)
+        raise ConfigError(f"evaluate.task_path={text}: empty, or has a control character")
