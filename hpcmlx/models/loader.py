@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +18,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.mesh import Mesh
+from hpcmlx.models.adapter_files import open_adapter
+from hpcmlx.models.adapters import attach
 from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.plans import plan_for
@@ -41,6 +45,7 @@ class LoadedModel:
         num_bytes: bytes of this rank's parameters in memory.
         bytes_read: weight bytes read from the files.
         layer_ranges: layers of each stage.
+        adapter: what of an adapter is on this rank, in words; empty without one.
     """
 
     stage: Stage
@@ -51,6 +56,7 @@ class LoadedModel:
     num_bytes: int
     bytes_read: int
     layer_ranges: list[Interval]
+    adapter: str = ""
 
     def __str__(self) -> str:
         layers = "+".join(str(stop - start) for start, stop in self.layer_ranges)
@@ -58,6 +64,7 @@ class LoadedModel:
             f"{self.config['model_type']}, {layers} layers; this rank: layers "
             f"{self.stage.start}-{self.stage.stop - 1}, {self.num_bytes / 2**20:.0f} MiB of weights"
             f" from {self.bytes_read / 2**20:.0f} MiB of the files"
+            + (f"; {self.adapter}" if self.adapter else "")
         )
 
 
@@ -69,6 +76,7 @@ def load_model(
     weights: str = "auto",
     tp_shares: Sequence[float] | None = None,
     pp_layers: Sequence[int] | None = None,
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Load this rank's part of a model.
 
@@ -79,9 +87,10 @@ def load_model(
             where packed products are many times slower than float32 ones.
         tp_shares: relative share of each tensor-parallel rank; None is equal.
         pp_layers: layers of each stage; None balances the bytes that a token must read.
+        adapter: what `open_adapter` opens; None for the plain model.
 
     Raises:
-        ConfigError: the architecture or the layout is refused; nothing has been read.
+        ConfigError: the architecture, the layout or the adapter is refused; nothing has been read.
         IntegrityError: files are missing, truncated or do not belong together.
     """
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -93,6 +102,7 @@ def load_model(
         checkpoint.config, checkpoint.tensors, DTYPES.get(dtype), _weight_format(weights)
     )
     model = skeleton.model
+    lora = None if adapter is None else attach(skeleton, open_adapter(adapter))
     num_layers = len(find_layers(model))
     flow = trace(model) if mesh.dims.pp > 1 else None
     sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
@@ -111,10 +121,19 @@ def load_model(
     wanted = [path for path in sizes if path in stage.parameters]
     _check_coverage(mesh, wanted, sizes)
     num_bytes = 0
-    for parameter, array in reader.arrays(wanted):
+    provided = lora.sources if lora else {}
+    arrays = reader.arrays([path for path in wanted if path not in provided])
+    if lora:
+        arrays = chain(arrays, lora.arrays(wanted, cuts))
+    for parameter, array in arrays:
         model.update(tree_unflatten([(parameter, array)]))
         num_bytes += array.nbytes
+    bytes_read = checkpoint.bytes_read
     checkpoint.close()
+    if lora:
+        lora.settle(wanted)
+        bytes_read += lora.adapter.bytes_read
+        lora.adapter.close()
     return LoadedModel(
         stage,
         skeleton.config,
@@ -122,8 +141,9 @@ def load_model(
         vocab,
         num_layers,
         num_bytes,
-        checkpoint.bytes_read,
+        bytes_read,
         ranges,
+        lora.describe(wanted) if lora else "",
     )
 
 

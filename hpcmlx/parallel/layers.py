@@ -34,13 +34,19 @@ class Group(Protocol):
         """Sum over the ranks, in the lazy graph; its gradient is the identity."""
 
 
+def mix_in(module: nn.Module, behaviour: type) -> None:
+    """Put `behaviour` before the class of `module` in its MRO, in place: paths, attributes and
+    `isinstance` stay what they are."""
+    module.__class__ = _derived(behaviour, type(module))
+
+
 def become(module: nn.Module, behaviour: type, group: Group, **attributes: Any) -> None:
     """Give `module` the `behaviour` of one of the classes below, on top of its own class.
 
     The object stays the same, so parameter paths, frozen parameters and other references to it
     stay valid.
     """
-    module.__class__ = _derived(behaviour, type(module))
+    mix_in(module, behaviour)
     module.tp_group = group
     module.tp_enter = _sum_gradients(group)
     for name, value in attributes.items():

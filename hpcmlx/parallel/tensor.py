@@ -186,7 +186,7 @@ class _Cutter:
                 self._cut_output(path, around.positions(rule.dim, module.weight.shape[-2]))
             case Rowwise() if around:
                 module = self._module(path, PROJECTIONS)
-                self._cut_input(path, around.positions(rule.dim, _input_dims(module)))
+                self._cut_input(path, around.positions(rule.dim, input_dims(module)))
                 self._become(path, layers.Rowwise)
             case PerHead() if isinstance(around, _Heads):
                 self._cut_heads(path, around)
@@ -209,7 +209,7 @@ class _Cutter:
             raise self._refuse(f"{parent(path)} is not an attention")
         num_query = getattr(attention, rule.query)
         num_key_value = getattr(attention, rule.key_value) if rule.key_value else num_query
-        width = _input_dims(self._module(path, PROJECTIONS)) // num_query
+        width = input_dims(self._module(path, PROJECTIONS)) // num_query
         group_size = self._quantum(path)
         together = group_size // gcd(group_size, width)
         most = -(-num_query // together)
@@ -227,7 +227,7 @@ class _Cutter:
 
     def _deal_hidden(self, path: str) -> _Hidden:
         """Deal out the hidden dim that is the input of the projection at `path`."""
-        length, unit = _input_dims(self._module(path, PROJECTIONS)), self._quantum(path)
+        length, unit = input_dims(self._module(path, PROJECTIONS)), self._quantum(path)
         most = -(-length // unit)
         if most < self.group.size:
             what = f"{path} has {length} inputs in {most} quantization groups of {unit}"
@@ -244,17 +244,17 @@ class _Cutter:
 
     def _cut_output(self, path: str, intervals: list[Interval]) -> None:
         for name, array in _arrays(self.modules[path]).items():
-            if name in ("weight", "scales", "biases"):
+            if name in ("weight", "scales", "biases", "lora_up"):
                 self._cut(path, name, Cut(array.ndim - 2, merge(intervals)))
-            elif name == "bias":
+            elif name in ("bias", "dora_scale"):
                 self._cut(path, name, Cut(array.ndim - 1, merge(intervals)))
             else:
                 self._keep_whole(path, name)
 
     def _cut_input(self, path: str, intervals: list[Interval]) -> None:
-        length = _input_dims(self.modules[path])
+        length = input_dims(self.modules[path])
         for name, array in _arrays(self.modules[path]).items():
-            if name in ("weight", "scales", "biases"):
+            if name in ("weight", "scales", "biases", "lora_down"):
                 cut = Cut(array.ndim - 1, merge(intervals))
                 self._cut(path, name, cut.scaled(array.shape[-1], length))
             elif name != "bias":
@@ -293,8 +293,9 @@ class _Cutter:
         self.cuts[f"{path}.{name}"] = cut
 
     def _keep_whole(self, path: str, name: str) -> None:
-        # nvfp4's scale of a whole expert; anything else is a parameter nobody thought of.
-        if name != "global_scale":
+        # nvfp4's scale of a whole expert and what of an adapter lies along the other axis; anything
+        # else is a parameter nobody thought of.
+        if name not in ("global_scale", "lora_down", "lora_up", "dora_scale"):
             raise self._refuse(f"no way is known to cut {path}.{name}")
 
     def _become(self, path: str, behaviour: type[nn.Module], **attributes: Any) -> None:
@@ -325,7 +326,7 @@ def _arrays(module: nn.Module) -> dict[str, mx.array]:
     return {name: a for name, a in module.parameters().items() if isinstance(a, mx.array)}
 
 
-def _input_dims(module: nn.Module) -> int:
+def input_dims(module: nn.Module) -> int:
     """Inputs of a projection, whatever its weight is packed in."""
     if "scales" in module:
         return module.scales.shape[-1] * module.group_size
