@@ -10,7 +10,13 @@ import pytest
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from hpcmlx.comm import Communicator
-from hpcmlx.inference.sampling import Sampler, SamplingParams, noise_key, row_seed
+from hpcmlx.inference.sampling import (
+    Sampler,
+    SamplingParams,
+    noise_keys,
+    row_seed,
+    uniform_at,
+)
 from tests.test_tensor import ThreadGroup, on_ranks
 
 
@@ -103,10 +109,21 @@ def test_draws_are_a_function_of_seed_and_position():
     assert (first == draws(logits, 40, temperature=1.0, seed=1)).all()
     assert (first != draws(logits, 40, temperature=1.0, seed=2)).any()
     assert len(set(first)) > 10  # positions differ
-    keys = {tuple(noise_key(s, p).tolist()) for s in (0, 1, -1, 2**64) for p in range(9)}
-    assert len(keys) == 36
-    assert noise_key(5, 6).tolist() == noise_key(5, 6).tolist()
+    params = [SamplingParams(seed=s) for s in (0, 1, -1, 2**64) for _ in range(9)]
+    keys = noise_keys(params, [*range(9)] * 4)
+    assert len({tuple(key) for key in keys.tolist()}) == 36
+    assert (keys[9:18] == noise_keys(params[9:18], range(9))).all()
     assert len({row_seed(s, i) for s in range(4) for i in range(4)}) == 16
+
+
+def test_noise_at_some_tokens_is_that_of_all():
+    """MLX has no way to ask for a part of its random numbers, so this one is our own."""
+    for vocab in (1, 2, 7, 1000, 1001):
+        keys = noise_keys([SamplingParams(seed=s) for s in range(3)], [4, 5, 6])
+        ids = rng().integers(0, vocab, (3, 50))
+        for key, row, draws in zip(keys, ids, uniform_at(keys, ids, vocab), strict=True):
+            whole = mx.random.uniform(shape=(vocab,), key=mx.array(key))
+            assert (draws == whole[mx.array(row)]).all()
 
 
 KINDS = [
@@ -118,6 +135,23 @@ KINDS = [
     {"temperature": 0.9, "top_p": 0.95, "top_k": 20, "min_p": 0.01},
     {"temperature": 1.1, "top_k": 90},
 ]
+
+
+# What version 0.1.0 drew: a seed in somebody's job means these tokens.
+GOLDEN = {
+    1001: [276, 959, 316, 678, 703, 556, 229, 708, 182, 559, 709, 532, 869, 784]
+    + [209, 610, 523, 342, 904, 393, 397, 916, 91, 427, 878, 647, 58, 786],
+    5000: [1681, 431, 73, 2620, 3474, 1464, 3814, 4643, 2480, 1281, 449, 1631, 1525, 4235]
+    + [462, 2221, 1067, 1523, 1934, 4146, 4619, 4133, 2804, 2222, 4966, 1698, 323, 136],
+}
+
+
+@pytest.mark.parametrize("vocab", GOLDEN)
+def test_draws_stay_what_they_were(vocab):
+    rows = 4 * len(KINDS)
+    logits = rng(vocab).normal(size=(rows, vocab)).astype(np.float32) * 2
+    params = [SamplingParams(**KINDS[i % len(KINDS)], seed=i * 2**40) for i in range(rows)]
+    assert draw(logits, params, [7 * i for i in range(rows)]) == GOLDEN[vocab]
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -137,8 +171,13 @@ def kept(logits, **params):
     """The tokens that a row may draw: those that `Sampler` does not put to -inf."""
     p = SamplingParams(temperature=1.0, **params)
     array = mx.array(np.atleast_2d(logits).astype(np.float32))
-    floor = Sampler(Communicator(), (0, array.shape[-1]), array.shape[-1])._threshold(array, [p])
-    return set(np.flatnonzero(np.array(array[0] >= floor[0])))
+    sampler = Sampler(Communicator(), (0, array.shape[-1]), array.shape[-1])
+    ((rows, values, ids),) = sampler._kept(array, [p])
+    assert rows.tolist() == [0]
+    np.testing.assert_array_equal(
+        np.array(array)[0, ids[values > -np.inf]], values[values > -np.inf]
+    )
+    return set(ids[values > -np.inf].tolist())
 
 
 def kept_by_mlx_lm(logits, top_p=1.0, min_p=0.0, top_k=0):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpcmlx.inference.logprobs import TokenLogprobs
 from hpcmlx.inference.sampling import SamplingParams
 
 
@@ -28,21 +29,6 @@ class Request:
     tokens: Sequence[int]
     sampling: SamplingParams
     sample: int = 0
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities, in nats, of one sampled token and of the likeliest ones at its place.
-
-    They are the model's own: before penalties, bias, temperature and truncation.
-
-    Attributes:
-        logprob: of the token that was sampled.
-        top: (token, logprob), the likeliest first; as many as were asked for.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
