@@ -1,0 +1,393 @@
+"""What every rank did when: recorded as spans, gathered, drawn as `pipeline.png`.
+
+The engine records what it computes and what it waits for; at the end of a run with `timeline=true`
+the job saves the spans of all ranks in `timeline.h5`, on rank 0's clock, and the picture beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpcmlx.comm import Communicator
+from hpcmlx.errors import ConfigError
+from hpcmlx.files import write_atomic, write_hdf5
+
+#: Spans that a rank keeps: those of the beginning of the run.
+LIMIT = 20_000
+#: What a span can be; all but "wait" count as busy.
+KINDS = ("prefill", "decode", "sample", "admit", "wait")
+SPAN = np.dtype(
+    [("begin", "f8"), ("end", "f8"), ("kind", "u1"), ("slot", "i4"), ("num_tokens", "i4")]
+)
+
+_CODES = {kind: code for code, kind in enumerate(KINDS)}
+_WAIT = _CODES["wait"]
+_ROUNDS = 9  # barriers for one reading of the clocks' offset: the median is off by some 10 µs
+
+
+class Timeline:
+    """This rank's spans. Only the first `limit` are kept, so that a long run does not grow.
+
+    Attributes:
+        clock: what begins and ends are read from, in seconds.
+    """
+
+    def __init__(self, limit: int = LIMIT, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self._limit, self._spans, self._is_full = limit, [], False
+        #: (this rank's clock, rank 0's minus this rank's)
+        self._offsets: list[tuple[float, float]] = []
+
+    def record(self, kind: str, slot: int, begin: float, end: float, num_tokens: int = 0) -> None:
+        """Keep a span: host time in which what it names was computed, to its end.
+
+        Spans may overlap; where a "wait" lies inside another span, that part is idle.
+
+        Args:
+            kind: one of `KINDS`.
+            slot: the microbatch.
+            begin, end: readings of `clock`.
+            num_tokens: rows times positions that went through.
+        """
+        if len(self._spans) < self._limit:
+            self._spans.append((begin, end, _CODES[kind], slot, num_tokens))
+        else:
+            self._is_full = True
+
+    @contextmanager
+    def span(self, kind: str, slot: int, num_tokens: int = 0) -> Iterator[None]:
+        """Record the time of a `with` block; arguments as `record`."""
+        begin = self.clock()
+        yield
+        self.record(kind, slot, begin, self.clock(), num_tokens)
+
+    def align(self, world: Communicator) -> None:
+        """Compare this rank's clock with rank 0's. Collective.
+
+        Call it before the run: `gather` does it once more, and two readings tell how fast the
+        clocks drift apart.
+        """
+        readings = []
+        for _ in range(_ROUNDS):
+            world.barrier()
+            now = self.clock()
+            readings.append((world.bcast(now) - now, now))
+        offset, now = sorted(readings)[_ROUNDS // 2]
+        self._offsets.append((now, offset))
+
+    def gather(self, world: Communicator, place: tuple[int, int, int]) -> list[Lane] | None:
+        """Every rank's spans on rank 0, on rank 0's clock; None elsewhere. Collective.
+
+        Args:
+            place: this rank's (dp, pp, tp) coordinates.
+        """
+        self.align(world)
+        spans = np.array(self._spans, SPAN)
+        for name in ("begin", "end"):
+            spans[name] += _interpolate(self._offsets, spans[name])
+        lanes = world.gather(Lane(world.rank, *place, spans, self._is_full))
+        if lanes is None:
+            return None
+        starts = [lane.spans["begin"].min() for lane in lanes if len(lane.spans)]
+        for lane in lanes:
+            for name in ("begin", "end"):
+                lane.spans[name] -= min(starts, default=0.0)
+        return lanes
+
+    def save(
+        self, world: Communicator, place: tuple[int, int, int], run_dir: Path, layout: str
+    ) -> None:
+        """Write `timeline.h5` and `pipeline.png`. Collective.
+
+        Args:
+            place: this rank's (dp, pp, tp) coordinates.
+            layout: as in `dp1_pp2_tp2`.
+
+        Raises:
+            StorageError: the disk is full or failing.
+        """
+        lanes = self.gather(world, place)
+        if lanes is not None:
+            write_hdf5(run_dir / "timeline.h5", lambda file: _fill(file, lanes, layout))
+            write_atomic(run_dir / "pipeline.png", draw(lanes, layout))
+
+
+class _Off(Timeline):
+    def record(self, kind: str, slot: int, begin: float, end: float, num_tokens: int = 0) -> None:
+        pass
+
+    def span(self, kind: str, slot: int, num_tokens: int = 0) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+#: Takes spans and forgets them, at no cost: for runs that want no picture.
+OFF: Timeline = _Off()
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one rank did.
+
+    Attributes:
+        spans: [n] of `SPAN`; times in seconds from the first span of the run.
+        is_full: later ones were not kept.
+    """
+
+    rank: int
+    replica: int
+    stage: int
+    tp: int
+    spans: np.ndarray
+    is_full: bool
+
+
+def shown_seconds(lanes: Sequence[Lane]) -> float:
+    """From the first span to the moment up to which every rank has kept its own."""
+    ends = [(lane.is_full, lane.spans["end"].max()) for lane in lanes if len(lane.spans)]
+    full = [end for is_full, end in ends if is_full]
+    return float(min(full) if full else max((end for _, end in ends), default=0.0))
+
+
+def busy_fraction(spans: np.ndarray, edges: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The share of time with some span and no "wait", between neighbouring `edges`.
+
+    Args:
+        spans: [n] of `SPAN`.
+        edges: [k + 1] increasing times.
+
+    Returns:
+        [k], from 0 to 1.
+    """
+    waits = spans[spans["kind"] == _WAIT]
+    busy = np.diff(_covered(spans, edges)) - np.diff(_covered(waits, edges))
+    return np.clip(busy / np.diff(edges), 0.0, 1.0)
+
+
+def _covered(spans: np.ndarray, at: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Seconds before each of `at` that lie in one span or more."""
+    if not len(spans):
+        return np.zeros(len(at))
+    spans = np.sort(spans, order="begin")
+    ends = np.maximum.accumulate(spans["end"])
+    begins = np.maximum(spans["begin"], np.concatenate([[-np.inf], ends[:-1]]))
+    after = np.cumsum(ends - begins)
+    times = np.stack([begins, ends], axis=1).ravel()
+    covered = np.stack([after - (ends - begins), after], axis=1).ravel()
+    return np.interp(at, times, covered)
+
+
+def _interpolate(offsets: Sequence[tuple[float, float]], at: np.ndarray) -> np.ndarray:
+    """The clock's offset at times `at`, along the line through its first and last reading."""
+    (begin, first), (end, last) = offsets[0], offsets[-1]
+    drift = (last - first) / (end - begin) if end > begin else 0.0
+    return first + drift * (at - begin)
+
+
+def _fill(file: h5py.File, lanes: Sequence[Lane], layout: str) -> None:
+    """One dataset per column, rank by rank; a line per rank in the group `ranks`."""
+    checked: dict[str, Any] = {"fletcher32": True, "maxshape": (None,)}
+    spans = np.concatenate([lane.spans for lane in lanes])
+    ranks = np.repeat([lane.rank for lane in lanes], [len(lane.spans) for lane in lanes])
+    file.create_dataset("rank", data=ranks.astype("i4"), **checked)
+    for name in SPAN.names:
+        file.create_dataset(name, data=spans[name], **checked)
+    file["kind"].attrs["names"] = list(KINDS)
+    file["begin"].attrs["unit"] = file["end"].attrs["unit"] = "s"
+    for name in ("rank", "replica", "stage", "tp", "is_full"):
+        file[f"ranks/{name}"] = [getattr(lane, name) for lane in lanes]
+    file.attrs["layout"] = layout
+
+
+def require_matplotlib() -> None:
+    """Call it before a run that shall be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed here.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "timeline=true draws with matplotlib, which is not installed on this host: "
+            "pip install 'hpcmlx[plot]', or leave timeline out"
+        )
+
+
+# Okabe and Ito's colours, which also colour-blind people can tell apart; neighbours contrast.
+_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_DARK = ("#0072B2", "#009E73", "#D55E00")
+_HOST = "#8A8A8A"
+_INK = "#222222"
+_MAX_SHOWN = 150  # spans in a lane; more cannot be told apart in a picture 1200 pixels wide
+
+
+def draw(lanes: Sequence[Lane], layout: str) -> bytes:
+    """A Gantt chart as PNG: a lane per rank, a colour per slot, prefill hatched, idle white.
+
+    Where a run has more spans than can be told apart, the chart shows some from its middle, and
+    a strip above it how busy every lane was over the whole time.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    seconds = shown_seconds(lanes) or 1.0
+    begin, end = _window(lanes, seconds)
+    zoomed = (begin, end) != (0.0, seconds)
+    height = max(0.26, min(0.62, 7.0 / len(lanes))) * len(lanes)
+    heights = [min(2.0, 0.3 * height), height] if zoomed else [height]
+    style = {"font.size": 11, "hatch.linewidth": 1.1, "text.color": _INK, "axes.edgecolor": _INK}
+    with rc_context(style):
+        figure = Figure(figsize=(12, sum(heights) + 1.9 + 0.5 * zoomed), layout="constrained")
+        axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        chart = axes[-1]
+        numbered = _numbered(lanes, begin, end)
+        for y, lane in enumerate(lanes):
+            _draw_lane(chart, y, lane, begin, end, numbered)
+        _label(chart, lanes, seconds)
+        chart.set_xlim(begin, end)
+        chart.set_xlabel("seconds")
+        if zoomed:
+            _draw_overview(axes[0], lanes, seconds, (begin, end))
+        _draw_legend(figure, lanes)
+        title = _title(lanes, layout, seconds)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=200, facecolor="white")
+    return image.getvalue()
+
+
+def _window(lanes: Sequence[Lane], seconds: float) -> tuple[float, float]:
+    """The part of the run to show: all of it, or so many spans of its fullest lane's middle."""
+    begins = max((np.sort(lane.spans["begin"]) for lane in lanes), key=len)
+    begins = begins[begins < seconds]
+    if len(begins) <= _MAX_SHOWN:
+        return 0.0, seconds
+    first = (len(begins) - _MAX_SHOWN // 2) // 2
+    return float(begins[first]), float(begins[first + _MAX_SHOWN // 2])
+
+
+def _numbered(lanes: Sequence[Lane], begin: float, end: float) -> list[int]:
+    """The kinds whose spans are mostly wide enough for the number of their slot."""
+    spans = np.concatenate([lane.spans for lane in lanes])
+    spans = spans[(spans["end"] > begin) & (spans["begin"] < end)]
+    widths = spans["end"] - spans["begin"]
+    kinds = [code for code in (_CODES["prefill"], _CODES["decode"]) if code in spans["kind"]]
+    return [c for c in kinds if np.median(widths[spans["kind"] == c]) > (end - begin) / 70]
+
+
+def _draw_lane(
+    axes: Any, y: int, lane: Lane, begin: float, end: float, numbered: Sequence[int]
+) -> None:
+    spans = lane.spans[(lane.spans["end"] > begin) & (lane.spans["begin"] < end)]
+    waits = spans["kind"] == _WAIT
+    for slot in np.unique(spans["slot"][~waits]):
+        for code in np.unique(spans["kind"][~waits]):
+            chosen = spans[(spans["slot"] == slot) & (spans["kind"] == code)]
+            axes.broken_barh(
+                np.stack([chosen["begin"], chosen["end"] - chosen["begin"]], axis=1),
+                (y - 0.42, 0.84),
+                facecolor=_color(code, slot),
+                hatch="////" if KINDS[code] == "prefill" else None,
+                edgecolor="white",
+                linewidth=0.5,
+            )
+    # A wait lies on top of the step that it is part of.
+    idle = spans[waits]
+    axes.broken_barh(
+        np.stack([idle["begin"], idle["end"] - idle["begin"]], axis=1),
+        (y - 0.43, 0.86),
+        facecolor="white",
+    )
+    for span in spans[np.isin(spans["kind"], numbered)]:
+        left, right = max(span["begin"], begin), min(span["end"], end)
+        if right - left > (end - begin) / 100:
+            color = _color(span["kind"], span["slot"])
+            style = {"color": "white" if color in _DARK else _INK, "ha": "center"}
+            if KINDS[span["kind"]] == "prefill":  # no hatch behind the number
+                style["bbox"] = {"facecolor": color, "linewidth": 0, "pad": 1.0}
+            axes.text((left + right) / 2, y, span["slot"], va="center_baseline", **style)
+
+
+def _label(axes: Any, lanes: Sequence[Lane], seconds: float) -> None:
+    """Which rank a lane is, at its left, and how busy it was, at its right."""
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
+    axes.set_yticks(range(len(lanes)), _names(lanes))
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    for y, lane in enumerate(lanes):
+        busy = busy_fraction(lane.spans, [0.0, seconds])[0]
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(f"{busy:.0%} busy", (1, y), (6, 0), va="center", weight="bold", **place)
+        if y and lane.replica != lanes[y - 1].replica:
+            axes.axhline(y - 0.5, color=_INK, linewidth=0.8)
+
+
+def _names(lanes: Sequence[Lane]) -> list[str]:
+    replicas, tensor = (
+        len({getattr(lane, axis) for lane in lanes}) > 1 for axis in ("replica", "tp")
+    )
+    return [
+        f"replica {lane.replica}, " * replicas + f"stage {lane.stage}" + f", tp {lane.tp}" * tensor
+        for lane in lanes
+    ]
+
+
+def _draw_overview(
+    axes: Any, lanes: Sequence[Lane], seconds: float, window: tuple[float, float]
+) -> None:
+    """How busy each lane was over the whole run, and where the chart below is."""
+    edges = np.linspace(0.0, seconds, 241)
+    for y, lane in enumerate(lanes):
+        busy = busy_fraction(lane.spans, edges)
+        axes.axhspan(y - 0.45, y + 0.45, color="#EEEEEE", linewidth=0)
+        axes.stairs(y + 0.45 - 0.9 * busy, edges, baseline=y + 0.45, fill=True, color="#5B6770")
+    axes.axvspan(*window, color="#D55E00", alpha=0.5)
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+    axes.annotate("shown below", (sum(window) / 2, 1), (0, 3), color="#D55E00", **place)
+    axes.set_xlim(0.0, seconds)
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
+    axes.set_yticks([])
+    axes.set_ylabel("whole run,\nbusy share", rotation=0, ha="right", va="center")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draw_legend(figure: Any, lanes: Sequence[Lane]) -> None:
+    from matplotlib.patches import Patch
+
+    used = np.concatenate([lane.spans for lane in lanes])
+    used = used[used["kind"] != _WAIT]
+    work = used[used["kind"] <= _CODES["decode"]]
+    by_color: dict[str, list[str]] = {}
+    for slot in np.unique(work["slot"]):
+        by_color.setdefault(_PALETTE[slot % len(_PALETTE)], []).append(str(slot))
+    patches = [
+        Patch(facecolor=color, label=f"microbatch {', '.join(slots)}")
+        for color, slots in by_color.items()
+    ]
+    patches.append(Patch(facecolor="#BBBBBB", hatch="////", edgecolor="white", label="prefill"))
+    patches.append(Patch(facecolor="#BBBBBB", label="decode"))
+    others = [KINDS[code] for code in np.unique(used["kind"]) if code > _CODES["decode"]]
+    if others:
+        patches.append(Patch(facecolor=_HOST, label=", ".join(others)))
+    patches.append(Patch(facecolor="white", edgecolor=_INK, linewidth=0.6, label="idle"))
+    columns = -(-len(patches) // -(-len(patches) // 8))
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _title(lanes: Sequence[Lane], layout: str, seconds: float) -> str:
+    busy = np.mean([busy_fraction(lane.spans, [0.0, seconds])[0] for lane in lanes])
+    part = "the first " if any(lane.is_full for lane in lanes) else ""
+    time = f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+    return f"{layout}: {part}{time} s, {busy:.0%} busy"
+
+
+def _color(code: int, slot: int) -> str:
+    return _HOST if code > _CODES["decode"] else _PALETTE[slot % len(_PALETTE)]
