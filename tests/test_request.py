@@ -1,198 +1,266 @@
-"""Prompt files: what a row may say, and that every row that cannot be used is named."""
+"""One row: its prompt, its sampling, its samples, and that whatever cannot be used is named."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
+from mlx_lm.server import process_message_content
 
-from hpcmlx.errors import InputError
-from hpcmlx.inference.request import check_sampling, max_context, read_requests
-from hpcmlx.inference.rows import Request
+from hpcmlx.inference.request import (
+    BadRow,
+    RequestBuilder,
+    check_sampling,
+    encode,
+    max_context,
+    sample_seed,
+)
 from hpcmlx.inference.sampling import SamplingParams, row_seed
-from hpcmlx.models.tokenizer import _load
-from tests.fixtures import save_tokenizer
+from hpcmlx.models.tokenizer import load_tokenizer
+from tests.fixtures import TEMPLATE, model  # noqa: F401 - a fixture
 
 DEFAULTS = SamplingParams(temperature=0.5, top_p=0.9, seed=7, max_tokens=20, stop=("\n",))
+HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(path)
-    return _load(path, path, 2)
+def tokenizer(model):  # noqa: F811
+    return load_tokenizer(model)
 
 
 @pytest.fixture
-def read(tmp_path, tokenizer):
-    """Requests of a file with the given content (text, bytes, or rows to be dumped)."""
+def build(tokenizer):
+    def build(row, index=0, defaults=DEFAULTS, **settings):
+        return RequestBuilder(tokenizer, defaults, **settings).build(row, index, "id")
 
-    def read(content, defaults=DEFAULTS, context=None) -> list[Request]:
-        if isinstance(content, list):
-            content = "\n".join(json.dumps(row, ensure_ascii=False) for row in content)
-        data = content.encode() if isinstance(content, str) else content
-        Path(tmp_path, "rows.jsonl").write_bytes(data)
-        return read_requests(tmp_path / "rows.jsonl", tokenizer, defaults, context)
-
-    return read
+    return build
 
 
-def text_of(request, tokenizer):
-    return tokenizer.decode(list(request.tokens))
-
-
-def test_rows_get_the_defaults_and_a_seed_of_their_own(read, tokenizer):
-    first, second = read([{"prompt": "Hi"}, {"prompt": "Hi", "id": "b"}])
-    assert (first.index, first.id, second.index, second.id) == (0, "1", 1, "b")
-    assert first.tokens == second.tokens == tuple(tokenizer.encode("Hi"))
+def test_rows_get_the_defaults_and_a_seed_of_their_own(build, tokenizer):
+    (first,), (second,) = build({"prompt": "Hi"}), build({"prompt": "Hi"}, 1)
+    assert (first.index, second.index, first.id, first.sample) == (0, 1, "id", 0)
+    assert list(first.tokens) == list(second.tokens) == tokenizer.encode("Hi")
     assert first.sampling.seed == row_seed(7, 0) != second.sampling.seed == row_seed(7, 1)
     assert (first.sampling.temperature, first.sampling.stop) == (0.5, ("\n",))
 
 
-def test_rows_override_every_parameter(read):
+def test_rows_override_every_parameter(build):
     own = {
         "temperature": 0, "top_p": 1, "top_k": 3, "min_p": 0.25, "seed": -5, "max_tokens": 2,
-        "stop": ["a", "b"],
+        "repetition_penalty": 1.5, "frequency_penalty": -2, "presence_penalty": 2, "logprobs": 0,
     }  # fmt: skip
-    (row,) = read([{"prompt": "x", "id": 12, **own}])
-    assert row.id == "12"
-    assert row.sampling == SamplingParams(**{**own, "stop": ("a", "b")})
-    (row,) = read([{"prompt": "x", "stop": "end"}])
-    assert row.sampling.stop == ("end",)
-    (row,) = read([{"prompt": "x", "stop": []}])
-    assert row.sampling.stop == ()
+    row = {"prompt": "x", **own, "stop": ["a", "b"], "logit_bias": {"12": -100, "7": 1.5}}
+    (request,) = build(row)
+    assert request.sampling == SamplingParams(
+        **own, stop=("a", "b"), logit_bias=((7, 1.5), (12, -100))
+    )
+    assert build({"prompt": "x", "stop": "end"})[0].sampling.stop == ("end",)
+    assert build({"prompt": "x", "stop": []})[0].sampling.stop == ()
+    wordy = SamplingParams(logprobs=3)
+    assert build({"prompt": "x"}, defaults=wordy)[0].sampling.logprobs == 3
+    assert build({"prompt": "x", "logprobs": None}, defaults=wordy)[0].sampling.logprobs is None
     # A default that is written as a whole number does not make the parameter one.
-    (row,) = read([{"prompt": "x", "temperature": 0.25}], SamplingParams(temperature=1))
-    assert row.sampling.temperature == 0.25
+    (request,) = build({"prompt": "x", "temperature": 0.25}, defaults=SamplingParams(temperature=1))
+    assert request.sampling.temperature == 0.25
 
 
-def test_bom_crlf_and_blank_lines(read):
-    rows = read(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n   \n\t\n{"prompt": "b"}\r\n')
-    assert [(r.index, r.id) for r in rows] == [(0, "1"), (1, "5")]
+def test_samples_differ_in_their_seed_only(build):
+    requests = build({"prompt": "x"}, 5, n=3)
+    assert [r.sample for r in requests] == [0, 1, 2]
+    assert [r.sampling.seed for r in requests] == [sample_seed(row_seed(7, 5), j) for j in range(3)]
+    assert requests[0].sampling.seed == row_seed(7, 5)  # as if it were the only one
+    assert len({r.sampling.seed for r in requests}) == 3
+    own = build({"prompt": "x", "seed": 11, "n": 2}, n=3)
+    assert [r.sampling.seed for r in own] == [11, sample_seed(11, 1)]
+    # Not the seed of another row, of a job whose seed is the row's.
+    assert sample_seed(11, 1) not in {row_seed(11, i) for i in range(100)}
 
 
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
-def test_only_newlines_end_a_line(read, character):
-    """str.splitlines ends a line at each of these; JSON strings may hold them."""
-    line = json.dumps({"prompt": f"a{character}b", "id": f"x{character}"}, ensure_ascii=False)
-    rows = read(line + "\n" + '{"prompt": "c"}')
-    assert [r.id for r in rows] == [f"x{character}", "2"]
-    assert len(rows[0].tokens) == 3
+def test_tokens_are_held_once_and_small(build):
+    requests = build({"prompt": "x" * 10_000}, n=50)
+    assert all(r.tokens is requests[0].tokens for r in requests)
+    data = pickle.dumps(requests)
+    assert len(data) < 4 * 10_000 + 50 * 400
+    assert pickle.loads(data) == requests
 
 
-def test_nul_in_a_string_is_a_character_like_others(read):
-    (row,) = read('{"prompt": "a\\u0000b"}')
-    assert len(row.tokens) == 3
-    with pytest.raises(InputError, match=r"rows\.jsonl:1: not JSON"):
-        read(b'{"prompt": "a\x00b"}')
-
-
-def test_a_huge_line(read):
-    (row, _) = read([{"prompt": "x" * 1_000_000}, {"prompt": "y"}])
-    assert len(row.tokens) == 1_000_000
-
-
-def test_chat_rows_go_through_the_template(read, tokenizer):
-    chat = [{"role": "user", "content": "Hi"}]
-    (row,) = read([{"messages": chat}])
+def test_chat_rows_go_through_the_template(build, tokenizer):
+    (request,) = build({"messages": HI})
     ids = tokenizer.convert_tokens_to_ids(["<|user|>", "H", "i", "\n", "<|assistant|>"])
-    assert list(row.tokens)[-5:] == ids
+    assert list(request.tokens) == ids
+    options = {"add_generation_prompt": False}
+    (request,) = build({"messages": HI, "chat_template_kwargs": options})
+    assert list(request.tokens) == ids[:-1]
 
 
-def test_a_start_token_in_the_prompt_is_not_doubled(read, tokenizer):
-    (plain, brought) = read([{"prompt": "a"}, {"prompt": "<s>a"}])
+CONVERSATIONS = {
+    "text": HI,
+    "parts": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "b")]}],
+    "no parts": [{"role": "user", "content": []}],
+    "a call": [
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}},
+            {"id": "2", "type": "function", "function": {"name": "g", "arguments": {"b": 2}}},
+        ]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_messages_reach_the_template_as_mlx_lms_server_gives_them(kind):
+    seen = []
+    spy = SimpleNamespace(
+        has_chat_template=True,
+        apply_chat_template=lambda messages, **options: seen.append(messages) or "x",
+        encode=lambda text, **options: [1],
+    )
+    twin = copy.deepcopy(CONVERSATIONS[kind])
+    process_message_content(twin)
+    RequestBuilder(_Sized(spy), DEFAULTS).build({"messages": CONVERSATIONS[kind]}, 0, "a")
+    assert seen == [twin]
+
+
+class _Sized:
+    """`inner` with a vocabulary of two."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __len__(self):
+        return 2
+
+
+def test_tools_are_given_to_the_template(build, tokenizer, monkeypatch):
+    template = TEMPLATE + "{% for t in tools or [] %}{{ t.name }}{% endfor %}"
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+    (request,) = build({"messages": HI, "tools": [{"name": "f"}, {"name": "g"}]})
+    assert tokenizer.decode(list(request.tokens)[-2:]) == "fg"
+    assert build({"messages": HI, "tools": []})[0].tokens == build({"messages": HI})[0].tokens
+
+
+def test_a_start_token_in_the_prompt_is_not_doubled(build, tokenizer):
+    (plain,), (brought,) = build({"prompt": "a"}), build({"prompt": "<s>a"})
     bos = tokenizer.bos_token_id
     assert list(brought.tokens).count(bos) == 1
     assert list(plain.tokens).count(bos) <= 1
+    assert list(plain.tokens) == encode(tokenizer, "a")
+
+
+def test_a_prompt_may_be_tokens(build):
+    (request,) = build({"prompt": [5, 0, 127]})
+    assert list(request.tokens) == [5, 0, 127]
 
 
 BAD_ROWS = {
-    "not JSON": ("{", "not JSON"),
-    "a list": ("[1]", "a row is a JSON object, not list"),
-    "a number": ("3", "a row is a JSON object, not int"),
-    "unknown key": ('{"prompt": "a", "temprature": 1}', "unknown key 'temprature'; known: "),
-    "neither": ('{"id": "a"}', "needs either 'prompt' or 'messages'"),
-    "both": ('{"prompt": "a", "messages": []}', "needs either 'prompt' or 'messages'"),
-    "prompt number": ('{"prompt": 3}', "'prompt' must be a string"),
-    "prompt null": ('{"prompt": null}', "'prompt' must be a string"),
-    "empty prompt": ('{"prompt": ""}', "no tokens"),
-    "messages text": ('{"messages": "hi"}', "'messages' must be a list"),
-    "messages empty": ('{"messages": []}', "'messages' must be a list"),
-    "message text": ('{"messages": ["hi"]}', "'messages' must be a list"),
-    "no role": ('{"messages": [{"content": "a"}]}', "'role' and 'content'"),
-    "no content": ('{"messages": [{"role": "user"}]}', "'role' and 'content'"),
-    "hot": ('{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be of type float"),
-    "temperature true": ('{"prompt": "a", "temperature": true}', "temperature=True must be of"),
-    "temperature null": ('{"prompt": "a", "temperature": null}', "temperature=None must be of"),
-    "temperature < 0": ('{"prompt": "a", "temperature": -1}', "temperature=-1 must be"),
-    "temperature tiny": ('{"prompt": "a", "temperature": 1e-300}', "temperature=1e-300 must be"),
-    "temperature inf": ('{"prompt": "a", "temperature": 1e999}', "temperature=inf must be"),
-    "temperature NaN": ('{"prompt": "a", "temperature": NaN}', "NaN is not a number"),
-    "top_p 0": ('{"prompt": "a", "top_p": 0}', "top_p=0 must be in (0, 1]"),
-    "top_p 1.5": ('{"prompt": "a", "top_p": 1.5}', "top_p=1.5 must be in (0, 1]"),
-    "min_p": ('{"prompt": "a", "min_p": 2}', "min_p=2 must be in [0, 1]"),
-    "top_k": ('{"prompt": "a", "top_k": -1}', "top_k=-1 must not be negative"),
-    "top_k float": ('{"prompt": "a", "top_k": 1.0}', "top_k=1.0 must be of type int"),
-    "max_tokens 0": ('{"prompt": "a", "max_tokens": 0}', "max_tokens=0 must be at least 1"),
-    "max_tokens 2.5": ('{"prompt": "a", "max_tokens": 2.5}', "max_tokens=2.5 must be of type int"),
-    "max_tokens true": ('{"prompt": "a", "max_tokens": true}', "max_tokens=True must be of"),
-    "seed": ('{"prompt": "a", "seed": "s"}', "seed='s' must be of type int"),
-    "stop number": ('{"prompt": "a", "stop": 5}', "stop=5 must be a string or a list"),
-    "stop object": ('{"prompt": "a", "stop": {"a": 1}}', "must be a string or a list"),
-    "stop null": ('{"prompt": "a", "stop": null}', "stop=None must be a string or a list"),
-    "stop of numbers": ('{"prompt": "a", "stop": [1]}', "non-empty strings"),
-    "stop empty": ('{"prompt": "a", "stop": ""}', "non-empty strings"),
-    "id list": ('{"prompt": "a", "id": []}', "id=[] must be a string or a whole number"),
-    "id null": ('{"prompt": "a", "id": null}', "id=None must be a string or a whole number"),
-    "id true": ('{"prompt": "a", "id": true}', "id=True must be a string or a whole number"),
-    "surrogate": ('{"prompt": "a", "id": "\\ud800"}', "surrogate pair"),
-    "surrogate prompt": ('{"prompt": "\\udfff"}', "surrogate pair"),
-    "deep": ('{"prompt": ' + "[" * 100_000, "not usable JSON"),
-    "long number": ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", "not usable JSON"),
-    "taken id": ('{"prompt": "a", "id": "1"}', "id '1' was used in line 1 already"),
-    "taken number": ('{"prompt": "a", "id": 1}', "id '1' was used in line 1 already"),
-    "NULs": ("\0" * 8, "not JSON"),
+    "unknown key": ({"prompt": "a", "temprature": 1}, "unknown key 'temprature'; known: "),
+    "neither": ({}, "needs either 'prompt' or 'messages'"),
+    "both": ({"prompt": "a", "messages": []}, "needs either 'prompt' or 'messages'"),
+    "prompt number": ({"prompt": 3}, "'prompt' must be a string or a list of token ids"),
+    "prompt null": ({"prompt": None}, "'prompt' must be a string"),
+    "prompt texts": ({"prompt": ["a"]}, "'prompt' must be a string"),
+    "prompt booleans": ({"prompt": [True]}, "'prompt' must be a string"),
+    "prompt too high": ({"prompt": [128]}, "token 128 of the prompt is not in the vocabulary of 1"),
+    "prompt negative": ({"prompt": [1, -1]}, "token -1 of the prompt"),
+    "empty prompt": ({"prompt": ""}, "no tokens"),
+    "no tokens": ({"prompt": []}, "no tokens"),
+    "prompt with tools": ({"prompt": "a", "tools": []}, "'tools' goes with 'messages'"),
+    "messages text": ({"messages": "hi"}, "'messages' must be a list"),
+    "messages empty": ({"messages": []}, "'messages' must be a list"),
+    "message text": ({"messages": ["hi"]}, "'messages' must be a list"),
+    "no role": ({"messages": [{"content": "a"}]}, "'role' and 'content'"),
+    "no content": ({"messages": [{"role": "user"}]}, "'role' and 'content'"),
+    "content null": ({"messages": [{"role": "user", "content": None}]}, "must be text, not None"),
+    "content number": ({"messages": [{"role": "user", "content": 1}]}, "must be text, not 1"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "a content part of type 'image_url' cannot be used",
+    ),
+    "part": ({"messages": [{"role": "user", "content": ["a"]}]}, "part of type 'a'"),
+    "no text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs a 'text'"),
+    "calls": ({"messages": [{"role": "a", "tool_calls": "f"}]}, "'tool_calls' must be a list"),
+    "arguments": (
+        {"messages": [{"role": "a", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+        "the arguments of a tool call are not JSON",
+    ),
+    "tools": ({"messages": HI, "tools": {}}, "'tools' must be a list of objects"),
+    "tool": ({"messages": HI, "tools": ["f"]}, "'tools' must be a list of objects"),
+    "kwargs": ({"messages": HI, "chat_template_kwargs": 1}, "must be an object"),
+    "own template": (
+        {"messages": HI, "chat_template_kwargs": {"chat_template": "{{ 9**9**9 }}"}},
+        "must not set 'chat_template'",
+    ),
+    "tensors": (
+        {"messages": HI, "chat_template_kwargs": {"return_tensors": "np"}},
+        "must not set 'return_tensors'",
+    ),
+    "hot": ({"temperature": "hot"}, "temperature='hot' must be of type float"),
+    "temperature true": ({"temperature": True}, "temperature=True must be of"),
+    "temperature null": ({"temperature": None}, "temperature=None must be of"),
+    "temperature < 0": ({"temperature": -1}, "temperature=-1 must be"),
+    "temperature tiny": ({"temperature": 1e-300}, "temperature=1e-300 must be"),
+    "temperature inf": ({"temperature": float("inf")}, "temperature=inf must be"),
+    "temperature huge": ({"temperature": 10**400}, "has more than 64 bits"),
+    "top_p 0": ({"top_p": 0}, "top_p=0 must be in (0, 1]"),
+    "top_p 1.5": ({"top_p": 1.5}, "top_p=1.5 must be in (0, 1]"),
+    "min_p": ({"min_p": 2}, "min_p=2 must be in [0, 1]"),
+    "top_k": ({"top_k": -1}, "top_k=-1 must not be negative"),
+    "top_k float": ({"top_k": 1.0}, "top_k=1.0 must be of type int"),
+    "max_tokens 0": ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+    "max_tokens 2.5": ({"max_tokens": 2.5}, "max_tokens=2.5 must be of type int"),
+    "max_tokens true": ({"max_tokens": True}, "max_tokens=True must be of"),
+    "seed": ({"seed": "s"}, "seed='s' must be of type int"),
+    "seed long": ({"seed": 10**5000}, "seed=a int has more than 64 bits"),
+    "stop number": ({"stop": 5}, "stop=5 must be a string or a list"),
+    "stop object": ({"stop": {"a": 1}}, "must be a string or a list"),
+    "stop null": ({"stop": None}, "stop=None must be a string or a list"),
+    "stop of numbers": ({"stop": [1]}, "non-empty strings"),
+    "stop empty": ({"stop": ""}, "non-empty strings"),
+    "repetition": ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+    "frequency": ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 must be in [-2, 2]"),
+    "presence": ({"presence_penalty": -3}, "presence_penalty=-3 must be in [-2, 2]"),
+    "logprobs": ({"logprobs": 21}, "logprobs=21 must be in [0, 20]"),
+    "logprobs true": ({"logprobs": True}, "logprobs=True must be of type int"),
+    "bias list": ({"logit_bias": [1]}, "logit_bias=[1] must be an object"),
+    "bias word": ({"logit_bias": {"the": 1}}, "logit_bias: 'the' is not a token id"),
+    "bias zeros": ({"logit_bias": {"01": 1}}, "logit_bias: '01' is not a token id"),
+    "bias long": ({"logit_bias": {"1" * 5000: 1}}, "is not a token id"),
+    "bias other digits": ({"logit_bias": {"\u0663": 1}}, "is not a token id"),
+    "bias text": ({"logit_bias": {"1": "a"}}, "logit_bias: 'a' for token 1 is not a number"),
+    "bias high": ({"logit_bias": {"1": 101}}, "logit_bias: 101 for token 1 must be in [-100, 100]"),
+    "bias unknown": ({"logit_bias": {"128": 1}}, "token 128 is not in the vocabulary of 128"),
+    "n 0": ({"n": 0}, "n=0 must be a whole number from 1 to 10000"),
+    "n huge": ({"n": 10**9}, "n=1000000000 must be a whole number"),
+    "n float": ({"n": 2.0}, "n=2.0 must be a whole number"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_named(read, case):
-    line, words = BAD_ROWS[case]
-    with pytest.raises(InputError) as refusal:
-        read('{"prompt": "good"}\n\n' + line + "\n")
+def test_a_bad_row_is_named(build, case):
+    row, words = BAD_ROWS[case]
+    if row and not row.keys() & {"prompt", "messages"}:
+        row = {"prompt": "a", **row}
+    with pytest.raises(BadRow) as refusal:
+        build(row)
     message = str(refusal.value)
-    assert "rows.jsonl:3: " in message and words in message and "\n" not in message
+    assert words in message and "\n" not in message and len(message) < 300
+    assert refusal.value.code == "invalid_row"
 
 
-@pytest.mark.parametrize(
-    "data", [b"\xff\xfea\x00", b'{"prompt": "\xe9"}', b'{"prompt": "\xed\xa0\x80"}']
-)
-def test_invalid_utf8_is_named_by_its_line(read, data):
-    with pytest.raises(InputError, match=r"rows\.jsonl:2: not UTF-8 \(byte 0x"):
-        read(b'{"prompt": "a"}\n' + data + b"\n")
-
-
-@pytest.mark.parametrize("data", ["", "\n\n", "\ufeff", " \r\n"])
-def test_a_file_without_rows(read, data):
-    with pytest.raises(InputError, match="holds no rows"):
-        read(data)
-
-
-def test_a_file_that_is_not_there(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="none.jsonl does not exist; set input="):
-        read_requests(tmp_path / "none.jsonl", tokenizer, DEFAULTS)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_requests(tmp_path, tokenizer, DEFAULTS)
-
-
-def test_the_context_is_prompt_and_output(read, tokenizer):
+@pytest.mark.fault
+def test_the_context_is_prompt_and_output(build, tokenizer):
+    """Fault 35: the row is refused before anything is computed for it."""
     length = len(tokenizer.encode("abcd"))
     row = {"prompt": "abcd", "max_tokens": 6}
-    assert len(read([row], context=length + 6)) == 1
-    with pytest.raises(InputError, match=rf":1: {length} prompt tokens \+ max_tokens=6 exceed"):
-        read([row], context=length + 5)
+    assert len(build(row, max_context=length + 6)) == 1
+    with pytest.raises(BadRow, match=rf"^{length} prompt tokens \+ max_tokens=6 exceed") as refusal:
+        build(row, max_context=length + 5)
+    assert refusal.value.code == "context_length_exceeded"
 
 
 def test_max_context():
@@ -203,13 +271,9 @@ def test_max_context():
     assert max_context({}) is None
 
 
-def test_chat_without_a_template(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
-    with pytest.raises(InputError, match=r"rows\.jsonl:1: .*no chat template"):
-        read_requests(tmp_path / "rows.jsonl", SimpleNamespace(has_chat_template=False), DEFAULTS)
-
-
 def test_good_values_have_no_problem():
     assert check_sampling(DEFAULTS) is None
-    assert "temperature=nan" in check_sampling(SamplingParams(temperature=float("nan")))
-    assert "top_p=nan" in check_sampling(SamplingParams(top_p=float("nan")))
+    assert check_sampling(SamplingParams(logit_bias=((5, 1.0),)), 6) is None
+    for key in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"):
+        assert f"{key}=nan" in check_sampling(SamplingParams(**{key: float("nan")}))
+    assert "nan for token 5" in check_sampling(SamplingParams(logit_bias=((5, float("nan")),)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,7 +17,7 @@ from hpcmlx.models import tokenizer as tokenizer_module
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.convert import wheel_gguf
 from hpcmlx.models.gguf_tokenizer import save_gguf_tokenizer
-from hpcmlx.models.tokenizer import load_tokenizer, render_chat
+from hpcmlx.models.tokenizer import ChatRenderer, load_tokenizer, render_chat
 
 TEXTS = {
     "ascii": "The quick brown fox, isn't it?",
@@ -69,6 +71,8 @@ def test_ids_agree_with_the_vocabulary_and_a_second_reader(smollm2, smollm2_chec
 def test_the_template_is_the_files_own(smollm2):
     text = smollm2.decode(render_chat(smollm2, HI))
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    twin = smollm2.apply_chat_template(HI, add_generation_prompt=True)
+    assert render_chat(smollm2, HI) == twin  # which renders and tokenizes in one go
     closed = render_chat(smollm2, HI, add_generation_prompt=False)
     assert smollm2.decode(closed).endswith("Hi<|im_end|>\n")
 
@@ -197,17 +201,28 @@ def test_a_template_may_refuse_messages(tmp_path):
 HOSTILE = {
     "attribute escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "import": "{{ cycler.__init__.__globals__.os.popen('touch executed').read() }}",
-    "huge range": "{% for i in range(10**9) %}a{% endfor %}".replace("10**9", "1000000000"),
+    "format escape": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "huge range": "{% for i in range(1000000000) %}a{% endfor %}",
+    "long text": "{{ 'a' * 1000000 }}",
     "syntax": "{% for %}",
+    "division": "{{ 1 // 0 }}",
+    "unknown": "{{ messages.nothing.at_all }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "half a character": "{{ '\\ud800' }}",
 }
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_template_is_refused(tmp_path, monkeypatch, kind):
+    """Fault 42: an error of the conversation, never of the job; nothing is executed."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = load_tokenizer(directory(tmp_path / "m", HOSTILE[kind]))
-    with pytest.raises(ConfigError, match="chat template"):
+    path = directory(tmp_path / "m", "{{ messages[0].content }}")
+    tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = HOSTILE[kind]
+    with pytest.raises(InputError, match="chat template") as refusal:
         render_chat(tokenizer, HI)
+    assert "\n" not in str(refusal.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -217,19 +232,57 @@ def test_a_power_is_refused_on_loading(tmp_path):
     load_tokenizer(directory(tmp_path / "n", "{{ dict(**messages[0]) }} a**b"))  # not powers
 
 
-def test_an_endless_template_is_ended(tmp_path, monkeypatch):
-    import threading
+LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
-    loop = "{% for i in range(99999) %}"
-    template = loop * 3 + "{% endfor %}" * 3
-    tokenizer = load_tokenizer(directory(tmp_path / "m", template))
+
+@pytest.mark.fault
+def test_an_endless_template_is_ended(tmp_path, monkeypatch):
+    """Fault 42: the template has its seconds, its thread is stopped."""
+    tokenizer = load_tokenizer(directory(tmp_path / "m", LOOP))
     monkeypatch.setattr(tokenizer_module, "TEMPLATE_SECONDS", 0.3)
     start = time.monotonic()
-    with pytest.raises(ConfigError, match="did not end within 0.3 s"):
+    with pytest.raises(InputError, match="did not end within 0.3 s"):
         render_chat(tokenizer, HI)
     assert time.monotonic() - start < 1.5
     time.sleep(0.1)
     assert not [t for t in threading.enumerate() if t.name == "chat-template"]  # it was stopped
+
+
+@pytest.mark.fault
+def test_an_endless_template_is_tried_twice(tmp_path, monkeypatch):
+    """Fault 42: thousands of rows do not wait for it one after the other."""
+    template = "{% if messages[0].content == 'Hi' %}" + LOOP + "{% endif %}a"
+    render = ChatRenderer(load_tokenizer(directory(tmp_path / "m", template)))
+    monkeypatch.setattr(tokenizer_module, "TEMPLATE_SECONDS", 0.2)
+    said = []
+    for _ in range(2):
+        with pytest.raises(InputError) as refusal:
+            render(HI)
+        said.append(str(refusal.value))
+        if len(said) == 1:
+            assert render([{"role": "user", "content": "a"}]) == [3]
+    start = time.monotonic()
+    for _ in range(5000):
+        with pytest.raises(InputError) as refusal:
+            render([{"role": "user", "content": "a"}])
+        said.append(str(refusal.value))
+    assert time.monotonic() - start < 1
+    assert set(said) == {"the model's chat template did not end within 0.2 s"}
+
+
+def test_a_long_conversation_may_take_its_time_to_tokenize(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "TEMPLATE_SECONDS", 0.2)
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        time.sleep(0.4)
+        return [7] * len(text)
+
+    slow = SimpleNamespace(
+        has_chat_template=True,
+        apply_chat_template=lambda messages, **options: messages[0]["content"],
+        encode=encode,
+    )
+    assert render_chat(slow, [{"role": "user", "content": "a" * 1_000_000}]) == [7] * 1_000_000
 
 
 def test_a_tokenizer_that_wants_code_is_refused(tmp_path):

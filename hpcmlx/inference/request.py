@@ -1,140 +1,162 @@
-"""Reads a prompt file into requests: one JSON object a line, `prompt` or `messages`.
+"""What one row of the input asks for: its prompt as tokens, its sampling, its samples.
 
-Everything that can be wrong with a row is found here, before the model is loaded, and named by
-file and line.
+`inputs.py` hands over every row as a mapping, one in OpenAI's dialect translated by `openai.py`.
+What is wrong with a row is a `BadRow`, found here before the model is loaded.
 """
 
 from __future__ import annotations
 
-import codecs
+import inspect
 import json
 import math
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from hpcmlx.errors import InputError
 from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams, row_seed
-from hpcmlx.models.tokenizer import render_chat
+from hpcmlx.models.tokenizer import ChatRenderer
 
-_PARAMS = {field.name for field in fields(SamplingParams)}
-_KEYS = _PARAMS | {"id", "prompt", "messages"}
+SAMPLING_KEYS = frozenset(field.name for field in fields(SamplingParams))
+#: What a row may say, beside its id.
+ROW_KEYS = SAMPLING_KEYS | {"prompt", "messages", "n", "tools", "chat_template_kwargs"}
+#: The types of those that are numbers.
+NUMBER_KINDS: dict[str, type] = {
+    **{key: type(getattr(SamplingParams, key)) for key in SAMPLING_KEYS - {"stop", "logit_bias"}},
+    "logprobs": int,
+    "n": int,
+}
+
 _MIN_TEMPERATURE = 1e-5  # below it, logits divided by it leave float32
+_MAX_SAMPLES = 10_000  # of a row: each is held in memory
+_MAX_LOGPROBS = 20
+# What the renderer sets itself, or what would let a row bring its own template.
+_NOT_FOR_ROWS = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+) - {"add_generation_prompt", "continue_final_message", "documents"}
 
 
-def read_requests(
-    path: str | Path,
-    tokenizer: Any,
-    defaults: SamplingParams,
-    max_context: int | None = None,
-) -> list[Request]:
-    """All rows of a JSONL file, tokenized. Blank lines are skipped.
+class BadRow(Exception):
+    """A row that cannot be used, in words; the job goes on with the others.
+
+    Attributes:
+        code: as `RowError.code`.
+    """
+
+    def __init__(self, message: str, code: str = "invalid_row"):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """What is kept of an input row to write its answer in the format it came in.
+
+    Attributes:
+        index: its position in the input, good and bad rows counted, from 0.
+        id: its own id (OpenAI: `custom_id`), else its line number.
+        line: where it begins in the input file, from 1; None where the file has no lines.
+        format: "plain", or of an OpenAI row "chat" or "completion".
+        model: the model that an OpenAI row names; "" where it names none.
+        n: how many samples it wants; 0 where it is errored.
+        errored: whether it has a `RowError` instead of requests.
+    """
+
+    index: int
+    id: str
+    line: int | None
+    format: str = "plain"
+    model: str = ""
+    n: int = 0
+    errored: bool = False
+
+
+class RequestBuilder:
+    """Builds the requests of one row after the other.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper; `messages` go through its chat template.
         defaults: sampling of rows that do not say; a row may set any of its fields.
+        n: samples of rows that do not say.
         max_context: longest prompt plus output in tokens, if the model says.
-
-    Raises:
-        InputError: the file cannot be read, or a row cannot be used; names file and line.
     """
-    path = Path(path)
-    try:
-        # Not `splitlines`: it also splits at U+2028 and others that JSON strings may hold.
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except FileNotFoundError:
-        raise InputError(f"input {path} does not exist; set input=FILE.jsonl") from None
-    except OSError as error:
-        raise InputError(f"input {path} cannot be read: {error}") from None
-    requests: list[Request] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = _parse(line, where)
-        index = len(requests)
-        row_id = _id(row, number, where)
-        if row_id in seen:
-            raise InputError(f"{where}: id '{row_id}' was used in line {seen[row_id]} already")
-        seen[row_id] = number
-        sampling = _sampling(row, defaults, index, where)
-        tokens = tuple(_tokens(row, tokenizer, where))
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        defaults: SamplingParams,
+        n: int = 1,
+        max_context: int | None = None,
+    ):
+        self._tokenizer, self._defaults, self._n = tokenizer, defaults, n
+        self._max_context = max_context
+        self._render = ChatRenderer(tokenizer)
+
+    def build(self, row: Mapping[str, Any], index: int, row_id: str) -> list[Request]:
+        """The requests of a row, one per sample. All share one array of tokens.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
+        if unknown := sorted(row.keys() - ROW_KEYS):
+            known = ", ".join(sorted(ROW_KEYS | {"id"}))
+            raise BadRow(f"unknown key '{unknown[0]}'; known: {known}")
+        if ("prompt" in row) == ("messages" in row):
+            raise BadRow("a row needs either 'prompt' or 'messages'")
+        n = _num_samples(row.get("n", self._n))
+        sampling = _sampling(row, self._defaults, index)
+        if problem := check_sampling(sampling, len(self._tokenizer)):
+            raise BadRow(problem)
+        tokens = array("i", self._tokens(row))
         if not tokens:
-            raise InputError(f"{where}: the prompt has no tokens; remove the row")
-        if max_context is not None and len(tokens) + sampling.max_tokens > max_context:
-            raise InputError(
-                f"{where}: {len(tokens)} prompt tokens + max_tokens={sampling.max_tokens} exceed "
-                f"the model's context of {max_context}; shorten the prompt or lower max_tokens"
+            raise BadRow("the prompt has no tokens; remove the row")
+        if self._max_context is not None and len(tokens) + sampling.max_tokens > self._max_context:
+            raise BadRow(
+                f"{len(tokens)} prompt tokens + max_tokens={sampling.max_tokens} exceed the "
+                f"model's context of {self._max_context}; shorten the prompt or lower max_tokens",
+                "context_length_exceeded",
             )
-        requests.append(Request(index, row_id, tokens, sampling))
-    if not requests:
-        raise InputError(f"input {path} holds no rows")
-    return requests
+        params = (replace(sampling, seed=sample_seed(sampling.seed, j)) for j in range(n))
+        return [Request(index, row_id, tokens, p, sample) for sample, p in enumerate(params)]
+
+    def _tokens(self, row: Mapping[str, Any]) -> Sequence[int]:
+        if "messages" not in row:
+            if unfit := row.keys() & {"tools", "chat_template_kwargs"}:
+                raise BadRow(f"'{min(unfit)}' goes with 'messages', not with 'prompt'")
+            return self._prompt(row["prompt"])
+        messages = _conversation(row["messages"])
+        options = _template_options(row)
+        try:
+            return self._render(messages, **options)
+        except InputError as error:
+            raise BadRow(str(error), "chat_template_error") from None
+
+    def _prompt(self, prompt: Any) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return encode(self._tokenizer, prompt)
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise BadRow("'prompt' must be a string or a list of token ids")
+        size = len(self._tokenizer)
+        if unknown := [token for token in prompt if not 0 <= token < size]:
+            raise BadRow(f"token {unknown[0]} of the prompt is not in the vocabulary of {size}")
+        return prompt
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the "
-            "line); save the file as UTF-8"
-        ) from None
-    try:
-        row = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(row, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where}: half of a surrogate pair (\\ud800-\\udfff) stands alone"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not usable JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: a row is a JSON object, not {type(row).__name__}")
-    if unknown := sorted(row.keys() - _KEYS):
-        raise InputError(f"{where}: unknown key '{unknown[0]}'; known: {', '.join(sorted(_KEYS))}")
-    if ("prompt" in row) == ("messages" in row):
-        raise InputError(f"{where}: a row needs either 'prompt' or 'messages'")
-    return row
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of a row's sample: the row's own for the first, a hash of both for the others."""
+    if sample == 0:
+        return seed
+    # Marked, so that it is not `row_seed` of another row.
+    digest = blake2b(f"{seed}/{sample}".encode(), digest_size=8, person=b"sample").digest()
+    return int.from_bytes(digest, "big")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _id(row: Mapping[str, Any], number: int, where: str) -> str:
-    value = row.get("id", number)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise InputError(f"{where}: id={value!r} must be a string or a whole number")
-    return str(value)
-
-
-def _sampling(
-    row: Mapping[str, Any], defaults: SamplingParams, index: int, where: str
-) -> SamplingParams:
-    own = {key: row[key] for key in _PARAMS & row.keys()}
-    for key, value in own.items():
-        # The class's own default: one that the caller set may be the integer 1 for 1.0.
-        kind = type(getattr(SamplingParams, key))
-        if key == "stop":
-            if not isinstance(value, (str, list)):
-                raise InputError(f"{where}: stop={value!r} must be a string or a list of strings")
-            own[key] = tuple([value] if isinstance(value, str) else value)
-        elif isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise InputError(f"{where}: {key}={value!r} must be of type {kind.__name__}")
-    own.setdefault("seed", row_seed(defaults.seed, index))
-    params = replace(defaults, **own)
-    if problem := check_sampling(params):
-        raise InputError(f"{where}: {problem}")
-    return params
-
-
-def check_sampling(p: SamplingParams) -> str | None:
+def check_sampling(p: SamplingParams, vocab_size: int | None = None) -> str | None:
     """What is wrong with the values, in words, or None."""
     if p.temperature != 0 and not _MIN_TEMPERATURE <= p.temperature < math.inf:
         return f"temperature={p.temperature} must be 0 (greedy) or at least {_MIN_TEMPERATURE}"
@@ -148,28 +170,19 @@ def check_sampling(p: SamplingParams) -> str | None:
         return f"max_tokens={p.max_tokens} must be at least 1"
     if not all(isinstance(s, str) and s for s in p.stop):
         return "stop must be a string or a list of non-empty strings"
+    if not 0 < p.repetition_penalty < math.inf:
+        return f"repetition_penalty={p.repetition_penalty} must be above 0; 1 is none"
+    for key in ("frequency_penalty", "presence_penalty"):
+        if not -2 <= getattr(p, key) <= 2:
+            return f"{key}={getattr(p, key)} must be in [-2, 2]"
+    for token, bias in p.logit_bias:
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            return f"logit_bias: token {token} is not in the vocabulary of {vocab_size}"
+        if not -100 <= bias <= 100:
+            return f"logit_bias: {bias} for token {token} must be in [-100, 100]"
+    if p.logprobs is not None and not 0 <= p.logprobs <= _MAX_LOGPROBS:
+        return f"logprobs={p.logprobs} must be in [0, {_MAX_LOGPROBS}]"
     return None
-
-
-def _tokens(row: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[int]:
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str):
-            raise InputError(f"{where}: 'prompt' must be a string")
-        return encode(tokenizer, row["prompt"])
-    messages = row["messages"]
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
-            for m in messages
-        )
-    ):
-        raise InputError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
-    try:
-        return render_chat(tokenizer, messages)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -182,3 +195,123 @@ def max_context(config: Mapping[str, Any]) -> int | None:
     """The longest sequence a model was made for, in tokens, if its config.json says."""
     own = config.get("text_config") or {}
     return own.get("max_position_embeddings", config.get("max_position_embeddings"))
+
+
+def _num_samples(n: Any) -> int:
+    if type(n) is not int or not 1 <= n <= _MAX_SAMPLES:
+        raise BadRow(f"n={_shown(n)} must be a whole number from 1 to {_MAX_SAMPLES}")
+    return n
+
+
+def _sampling(row: Mapping[str, Any], defaults: SamplingParams, index: int) -> SamplingParams:
+    own = {key: _value(key, row[key]) for key in sorted(SAMPLING_KEYS & row.keys())}
+    own.setdefault("seed", row_seed(defaults.seed, index))
+    return replace(defaults, **own)
+
+
+def _value(key: str, value: Any) -> Any:
+    """A sampling parameter of a row as `SamplingParams` has it."""
+    if key == "stop":
+        if not isinstance(value, str | list):
+            raise BadRow(f"stop={_shown(value)} must be a string or a list of strings")
+        return tuple([value] if isinstance(value, str) else value)
+    if key == "logit_bias":
+        return _logit_bias(value)
+    if key == "logprobs" and value is None:
+        return None
+    kind = NUMBER_KINDS[key]
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+        raise BadRow(f"{key}={_shown(value)} must be of type {kind.__name__}")
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        raise BadRow(f"{key}={_shown(value)} has more than 64 bits")
+    return value
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, Mapping):
+        raise BadRow(f"logit_bias={_shown(value)} must be an object of token ids and numbers")
+    pairs = []
+    for token, bias in value.items():
+        if (
+            not (token.isascii() and token.isdecimal())
+            or len(token) > 9
+            or str(int(token)) != token
+        ):
+            raise BadRow(f"logit_bias: {_shown(token)} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise BadRow(f"logit_bias: {_shown(bias)} for token {token} is not a number")
+        pairs.append((int(token), bias))
+    return tuple(sorted(pairs))
+
+
+def _conversation(messages: Any) -> list[dict[str, Any]]:
+    """Messages as templates want them: text as one string, arguments of tool calls as objects."""
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+        or not all("content" in m or m.get("tool_calls") for m in messages)
+    ):
+        raise BadRow("'messages' must be a list of objects with 'role' and 'content'")
+    done = []
+    for message in messages:
+        message = {**message, "content": _text(message)}
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = _tool_calls(calls)
+        done.append(message)
+    return done
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, list):
+        raise BadRow(f"the content of a message must be text, not {_shown(content)}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text":
+            raise BadRow(f"a content part of type {_shown(kind)} cannot be used: only 'text' can")
+        if not isinstance(part.get("text"), str):
+            raise BadRow("a content part of type 'text' needs a 'text' that is a string")
+    return "".join(part["text"] for part in content)
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """As mlx-lm's server has them: OpenAI sends arguments as JSON text, templates want objects."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadRow("'tool_calls' must be a list of objects")
+    done = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"] or "{}")
+            except (ValueError, RecursionError):
+                raise BadRow("the arguments of a tool call are not JSON") from None
+            call = {**call, "function": {**function, "arguments": arguments}}
+        done.append(call)
+    return done
+
+
+def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    options = row.get("chat_template_kwargs", {})
+    if not isinstance(options, dict):
+        raise BadRow("'chat_template_kwargs' must be an object")
+    if refused := sorted(options.keys() & _NOT_FOR_ROWS):
+        raise BadRow(f"'chat_template_kwargs' must not set '{refused[0]}'")
+    tools = row.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("'tools' must be a list of objects")
+    return {**options, **({"tools": tools} if tools else {})}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, which stays short whatever the row holds."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; nested too deep
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

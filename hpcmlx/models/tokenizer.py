@@ -7,6 +7,7 @@ run in transformers' sandbox, for 5 s at most.
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.gguf_tokenizer import save_gguf_tokenizer
 
 TEMPLATE_SECONDS = 5.0
+_TRIES = 2  # a template that ran out of its time so often is left alone
+# Characters of its own that a template may write, and how often it may repeat the messages.
+_OWN_TEXT, _REPEATS = 1 << 18, 8
 
 T = TypeVar("T")
 
@@ -50,34 +54,80 @@ def load_tokenizer(
         return _load(Path(directory), source.path, ends)
 
 
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template, which nobody has to trust.
+
+    Whatever the template does wrong is said of the conversation at hand, so that a job can go on
+    with its other rows. A template that has used up its time twice is not tried again: thousands of
+    rows would wait for it one after the other.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        self._num_expired = 0
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
+        """The prompt tokens of a conversation, ready for the assistant's turn.
+
+        Args:
+            messages: `{"role", "content"}` objects.
+            kwargs: passed to the template (`add_generation_prompt=False`, `tools=…`).
+
+        Raises:
+            InputError: the model has no chat template, or its template refuses these messages, is
+                broken, tries to leave the sandbox, or takes longer than 5 s.
+        """
+        if not self._tokenizer.has_chat_template:
+            raise InputError(
+                "the model has no chat template, so it cannot take `messages`; give `prompt` "
+                "instead"
+            )
+        text = self._render([dict(m) for m in messages], kwargs)
+        # Tokenizing is not in the template's 5 s, because a long text may take that long and be
+        # welcome; so the template must not make a short one long.
+        given = len(json.dumps([messages, kwargs], ensure_ascii=False, default=str))
+        if len(text) > _OWN_TEXT + _REPEATS * given:
+            raise InputError(
+                f"the model's chat template runs out of bounds: {len(text)} characters from "
+                f"messages of {given}"
+            )
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the chat template gives no usable text: {_line(error)}") from error
+
+    def _render(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> str:
+        options = {"add_generation_prompt": True, **kwargs, "tokenize": False}
+        expired = f"the model's chat template did not end within {TEMPLATE_SECONDS:g} s"
+        if self._num_expired == _TRIES:
+            raise InputError(expired)
+        try:
+            return _limited(lambda: self._tokenizer.apply_chat_template(messages, **options))
+        except TimeoutError:
+            self._num_expired += 1
+            raise InputError(expired) from None
+        except (SecurityError, jinja2.TemplateSyntaxError, ImportError) as error:
+            raise InputError(f"the model's chat template is refused: {_line(error)}") from error
+        except (MemoryError, OverflowError, RecursionError) as error:
+            message = f"the model's chat template runs out of bounds: {_line(error)}"
+            raise InputError(message) from error
+        except Exception as error:  # a template can raise what it likes; it is all its own
+            raise InputError(f"the chat template refuses these messages: {_line(error)}") from error
+
+
 def render_chat(
     tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], **kwargs: Any
 ) -> list[int]:
-    """The prompt tokens of a conversation, ready for the assistant's turn.
+    """The prompt tokens of one conversation; arguments and errors as `ChatRenderer`."""
+    return ChatRenderer(tokenizer)(messages, **kwargs)
 
-    Args:
-        messages: `{"role", "content"}` objects.
-        kwargs: passed to the template (`add_generation_prompt=False`, `tools=…`).
 
-    Raises:
-        InputError: the model has no chat template, or its template refuses these messages.
-        ConfigError: the template is broken, tries to leave the sandbox, or takes longer than 5 s.
-    """
-    if not tokenizer.has_chat_template:
-        raise InputError(
-            "the model has no chat template, so it cannot take `messages`; give `prompt` instead"
-        )
-    options = {"add_generation_prompt": True, **kwargs}
-    try:
-        return _limited(
-            lambda: list(tokenizer.apply_chat_template([dict(m) for m in messages], **options))
-        )
-    except (SecurityError, jinja2.TemplateSyntaxError, ImportError) as error:
-        raise ConfigError(f"the model's chat template is refused: {error}") from error
-    except (MemoryError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"the model's chat template runs out of bounds: {error}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"the chat template refuses these messages: {error}") from error
+def _line(error: Exception) -> str:
+    """The first line of what an error says, else its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _load(directory: Path, named: Path, ends: int | list[int] | None) -> TokenizerWrapper:
@@ -88,8 +138,7 @@ def _load(directory: Path, named: Path, ends: int | list[int] | None) -> Tokeniz
             eos_token_ids=ends,
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{named}: no usable tokenizer ({line})") from error
+        raise ConfigError(f"{named}: no usable tokenizer ({_line(error)})") from error
     _check_templates(named, tokenizer.chat_template)
     return tokenizer
 
@@ -117,8 +166,8 @@ class _Expired(BaseException):
     """Thrown into a template's thread when its time is over; no `except Exception` stops it."""
 
 
-def _limited(function: Callable[[], T], seconds: float | None = None) -> T:
-    """Call `function` in a thread of its own and give up after `seconds`.
+def _limited(function: Callable[[], T]) -> T:
+    """Call `function` in a thread of its own; TimeoutError after `TEMPLATE_SECONDS`.
 
     A thread rather than an alarm signal: it works from any thread and leaves the process's signals
     to MPI and the test runner.
@@ -132,16 +181,15 @@ def _limited(function: Callable[[], T], seconds: float | None = None) -> T:
         except BaseException as error:  # noqa: BLE001 - raised again by the caller
             failure.append(error)
 
-    seconds = TEMPLATE_SECONDS if seconds is None else seconds
     thread = threading.Thread(target=run, name="chat-template", daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(TEMPLATE_SECONDS)
     if thread.is_alive():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Expired)
         )
         thread.join(1.0)
-        raise ConfigError(f"the model's chat template did not end within {seconds:g} s")
+        raise TimeoutError
     if failure:
         raise failure[0]
     return outcome[0]
