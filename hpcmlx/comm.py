@@ -12,6 +12,8 @@ import os
 import shutil
 import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +132,11 @@ class Communicator:
             mpi.bcast(None)  # the first lowercase call duplicates the communicator: do it now
         return Communicator(mpi.Get_rank(), mpi.Get_size(), mpi, group)
 
+    def split_by_host(self) -> Communicator:
+        """The ranks of this group that share this host's memory. Collective."""
+        names = self.allgather(hostname())
+        return self.split(names.index(names[self.rank]), self.rank)
+
     def abort(self, code: int) -> NoReturn:
         """End every rank of the job at once, with exit code `code`."""
         sys.stdout.flush()
@@ -137,6 +144,107 @@ class Communicator:
         if self._mpi is not None:
             self._mpi.Abort(code)
         os._exit(code)
+
+
+class Counter:
+    """A number that all ranks of a group count up, in the memory of its rank 0 (MPI one-sided).
+
+    Nobody waits for anybody: a rank that is slow simply counts less often. Made and closed by all
+    ranks together.
+    """
+
+    def __init__(self, group: Communicator):
+        self._group, self._value, self._window = group, 0, None
+        self._stop: threading.Event | None = None
+        if group.size == 1:
+            return
+        from mpi4py import MPI
+
+        mpi = group._mpi
+        self._window = MPI.Win.Allocate(8 if group.rank == 0 else 0, 8, comm=mpi)
+        if group.rank == 0:
+            self._window.Lock(0, MPI.LOCK_EXCLUSIVE)
+            np.frombuffer(self._window.tomemory(), np.int64)[0] = 0
+            self._window.Unlock(0)
+        remote = len(set(group.allgather(hostname()))) > 1
+        if group.rank == 0 and remote:
+            # Over a network rank 0 answers only from inside MPI, and a prefill can take seconds.
+            self._stop = threading.Event()
+            threading.Thread(target=self._answer, args=(mpi, self._stop), daemon=True).start()
+        group.barrier()
+
+    def fetch_add(self, count: int) -> int:
+        """Add `count` and give the number from before."""
+        if self._window is None:
+            before, self._value = self._value, self._value + count
+            return before
+        from mpi4py import MPI
+
+        added, before = np.array([count], np.int64), np.empty(1, np.int64)
+        self._window.Lock(0, MPI.LOCK_SHARED)
+        self._window.Fetch_and_op(added, before, 0, 0, MPI.SUM)
+        self._window.Unlock(0)
+        return int(before[0])
+
+    def close(self) -> None:
+        """Give the memory back. Collective."""
+        if self._window is not None:
+            self._group.barrier()
+            if self._stop is not None:
+                self._stop.set()
+            self._window.Free()
+            self._window = None
+
+    @staticmethod
+    def _answer(mpi: Any, stop: threading.Event) -> None:
+        while not stop.wait(0.002):
+            mpi.Iprobe()
+
+
+class Mailbox:
+    """Small Python values from any rank to rank 0, which nobody waits for.
+
+    Made and closed by all ranks together. The values of one rank arrive in order.
+    """
+
+    def __init__(self, group: Communicator):
+        self._rank, self._own = group.rank, []
+        self._mpi = group._mpi.Dup() if group.size > 1 else None
+        self._sends: list[Any] = []
+
+    def post(self, value: Any) -> None:
+        """Send `value` to rank 0; returns at once."""
+        if self._rank == 0:
+            self._own.append((0, value))
+        else:
+            self._sends = [s for s in self._sends if not s.Test()]
+            # Synchronous: a send that is complete has been received, so `close` loses nothing.
+            self._sends.append(self._mpi.issend(value, 0))
+
+    def poll(self) -> list[tuple[int, Any]]:
+        """On rank 0 the (rank, value) pairs that have arrived since the last call."""
+        arrived, self._own = self._own, []
+        if self._mpi is not None and self._rank == 0:
+            from mpi4py import MPI
+
+            status = MPI.Status()
+            while self._mpi.Iprobe(status=status):
+                source = status.Get_source()
+                arrived.append((source, self._mpi.recv(source=source)))
+        return arrived
+
+    def close(self) -> list[tuple[int, Any]]:
+        """Collect what is still under way: on rank 0 what `poll` would have given. Collective."""
+        if self._mpi is None:
+            return self.poll()
+        for send in self._sends:
+            send.Wait()
+        everybody = self._mpi.Ibarrier()
+        arrived = []
+        while not everybody.Test():
+            arrived += self.poll()
+            time.sleep(0.001)
+        return arrived + self.poll()
 
 
 def hostname() -> str:

@@ -1,8 +1,9 @@
 """The batch engine: every rank runs the same deterministic schedule over the same requests.
 
-Rows live in slots (microbatches). Each visit to a slot takes the tokens its last step sampled, lets
-rows leave and join, and starts the next step. With as many slots as pipeline stages every stage
-has work while the others compute; only activations and sampled tokens travel.
+Rows live in slots (microbatches). Each visit to a slot takes the tokens of its last step, lets rows
+leave and join, spends a chunk on prompts that are not through yet, and starts the next step. With
+as many slots as pipeline stages every stage has work while the others compute; only activations
+and sampled tokens travel.
 """
 
 from __future__ import annotations
@@ -18,46 +19,135 @@ import mlx.core as mx
 
 from hpcmlx import faults
 from hpcmlx.comm import Pending
-from hpcmlx.inference.batching import merge_caches, why_not_batched
+from hpcmlx.inference.batching import SlotCaches, fork_caches, split_caches, why_not_batched
+from hpcmlx.inference.kv import Budget, Load, measure_cost, num_bytes
+from hpcmlx.inference.kv_quantized import quantize_caches
+from hpcmlx.inference.logprobs import Report, TokenLogprobs
+from hpcmlx.inference.penalties import Context
+from hpcmlx.inference.prefix import PrefixCache, plan_prefixes
 from hpcmlx.inference.rows import Request, RowResult
-from hpcmlx.inference.sampling import Sampler
+from hpcmlx.inference.sampling import Sampler, SamplingParams
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
+from hpcmlx.parallel.dealer import Dealer
 from hpcmlx.parallel.link import StageLink
 
 _log = logging.getLogger(__name__)
 
+_GREEDY = SamplingParams()
+# Rows join or close up when one place in so many is free: fewer, larger prefills and copies.
+_JOIN_SHARE = 8
+# A prefix may take one part in so many of the KV memory.
+_PREFIX_SHARE = 4
+# Rounds over all slots for which the stages' waiting is watched, and how much of it is too much.
+_ROUNDS, _TOO_IDLE = 8, 0.1
+
 
 @dataclass
 class Stats:
-    """What a run did, on this rank. Times are wall-clock seconds."""
+    """What a run did, on this rank. Times are wall-clock seconds.
+
+    Attributes:
+        idle_seconds: waiting for other stages.
+        host_seconds: the schedule itself: neither building nor running the model.
+        num_active: rows that decode now.
+    """
 
     num_rows: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    host_seconds: float = 0.0
+    seconds: float = 0.0
     num_steps: int = 0
+    num_active: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     request: Request
     detokenizer: Any
     started: float
+    num_cached: int
     tokens: list[int] = field(default_factory=list)
     num_sampled: int = 0  # steps started, may be one ahead of len(tokens)
     first_token: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    context: Context | None = None  # where its sampling looks back
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        if self.request.sampling.looks_back:
+            self.context = Context(self.request.tokens, self.tokens)
+
+    @property
+    def num_left(self) -> int:
+        return self.request.sampling.max_tokens - self.num_sampled
+
+    @property
+    def last_token(self) -> int:
+        return self.tokens[-1] if self.tokens else self.request.tokens[-1]
+
+
+@dataclass
+class _Prefill:
+    """Rows of one length and one prefix: their prompts are fed together, without padding."""
+
+    rows: list[_Row]
+    tokens: mx.array  # [rows, length] what is still to be fed
+    caches: list[Any]
+    length: int  # of the prompts when they are through: all but the last token
+
+
+@dataclass
+class _Step:
+    """A step under way: who was in which place, and the tokens that come out."""
+
+    rows: list[_Row | None]
+    tokens: mx.array | Pending  # [places]
+    report: Report | None  # on the last stage, where rows ask for log-probabilities
+    begin: float
 
 
 @dataclass
 class _Slot:
-    """One microbatch: rows that step together, their caches and what they are fed next."""
+    """One microbatch: rows that step together, their caches and what comes next."""
 
-    rows: list[_Row] = field(default_factory=list)
-    caches: list[Any] = field(default_factory=list)
-    feed: mx.array | Pending | None = None  # [rows] next inputs, not yet seen by the host
-    num_fresh: int = 0  # trailing rows whose entry in `feed` is the end of their prompt
+    number: int
+    rows: list[_Row | None] = field(default_factory=list)  # one per place; None: it has ended
+    caches: SlotCaches | None = None
+    step: _Step | None = None  # started, its tokens not seen by the host
+    feed: mx.array | None = None  # [places] the next inputs, where they need not wait for the host
+    joining: deque[_Prefill] = field(default_factory=deque)
+
+    @property
+    def live(self) -> list[_Row]:
+        return [row for row in self.rows if row is not None]
+
+    @property
+    def num_joining(self) -> int:
+        return sum(len(prefill.rows) for prefill in self.joining)
+
+    def loads(self, more: Sequence[Request] = ()) -> list[Load]:
+        """Cache memory that this slot comes to, with `more` rows in it, until its last row ends."""
+        left = [row.num_left for row in self.live]
+        lengths = [0 if self.caches is None else self.caches.positions]
+        for prefill in self.joining:
+            left += [row.num_left for row in prefill.rows]
+            lengths.append(prefill.length)
+        left += [request.sampling.max_tokens for request in more]
+        lengths += [len(request.tokens) for request in more]
+        if not left:
+            return []
+        num_new = self.num_joining + len(more)
+        places = max(len(self.rows), len(self.live) + num_new)
+        own = [Load(len(p.rows), p.length, prefill=True) for p in self.joining]
+        own += [Load(1, len(request.tokens), prefill=True) for request in more]
+        # One position more: a step may be started for rows that have ended.
+        return [*own, Load(places, max(lengths) + max(left) + 1)]
 
 
 class Engine:
@@ -69,28 +159,45 @@ class Engine:
         mesh: Mesh,
         tokenizer: Any,
         *,
-        batch_size: int = 8,
+        batch_size: int = 32,
         num_microbatches: int | None = None,
         prefill_chunk: int = 512,
+        kv_memory: int = 1 << 62,
+        kv_bits: int | None = None,
+        prefix_cache: bool = True,
+        timeline: Any = None,
     ):
         """
         Args:
             tokenizer: mlx-lm's TokenizerWrapper (end tokens and detokenizer).
-            batch_size: rows per microbatch.
-            num_microbatches: slots in flight; None is one per pipeline stage.
-            prefill_chunk: prompt tokens per forward pass.
+            batch_size: rows per microbatch, at most.
+            num_microbatches: slots in flight; None is one per pipeline stage, and one more where
+                the busiest stage is seen to wait.
+            prefill_chunk: prompt tokens per forward pass, over all its rows.
+            kv_memory: bytes that KV caches may take on this rank.
+            kv_bits: 8 to keep KV caches in 8 bits.
+            prefix_cache: compute what prompts begin with in common once.
+            timeline: gets `record(kind, slot, begin, end, tokens)` of everything a stage does.
+
+        Raises:
+            ConfigError: the caches of this model cannot be quantized.
         """
         self.stage, self.mesh, self.tokenizer = loaded.stage, mesh, tokenizer
         self.link = StageLink(mesh, loaded.stage)
         self.sampler = Sampler(mesh.tp_group, loaded.vocab_interval, loaded.vocab_size)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.kv_bits = prefill_chunk, kv_bits
+        self.prefix_cache, self.timeline = prefix_cache, timeline
         self.batch_size = self._batch_size(batch_size)
-        self._places = self.batch_size
-        self.slots = [_Slot() for _ in range(num_microbatches or mesh.dims.pp)]
+        self.batched = self.batch_size > 1
+        self._may_add_slot = num_microbatches is None and mesh.dims.pp > 1
+        self.slots = [_Slot(i) for i in range(num_microbatches or mesh.dims.pp)]
         # On one stage the next step can start before the host has seen this one's tokens.
         self.lookahead = mesh.dims.pp == 1
         self.eos = set(tokenizer.eos_token_ids)
+        cost = measure_cost(self.stage, prefill_chunk, self._packed)
+        self.budget = Budget(mesh.replica, cost, kv_memory)
         self.stats = Stats()
+        self._not_host = 0.0  # seconds in which the host builds, runs or waits for the model
 
     def _batch_size(self, wanted: int) -> int:
         if wanted == 1:
@@ -108,86 +215,179 @@ class Engine:
             )
         return 1
 
-    def run(self, requests: Sequence[Request], on_row: Callable[[RowResult], None]) -> Stats:
-        """Generate every request; `on_row` gets each row as it finishes, on every rank."""
-        queue = deque(requests)
-        # Few rows are spread over the slots, so that no stage waits for want of a microbatch.
-        self._places = min(self.batch_size, max(1, -(-len(requests) // len(self.slots))))
-        while queue or any(slot.rows for slot in self.slots):
+    def why_too_large(self, request: Request) -> str | None:
+        """Why a row can never be admitted, or None: its caches alone must fit the KV memory."""
+        loads = _Slot(0).loads([request])
+        if self.budget.fits(loads):
+            return None
+        return (
+            f"its KV caches take up to {self.budget.bytes_of(loads) / 2**20:.0f} MiB on a rank and "
+            f"the KV memory is {self.budget.limit / 2**20:.0f} MiB; lower max_tokens, raise "
+            "inference.kv_memory or use more ranks"
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that KV caches take on this rank now."""
+        held = [cache for slot in self.slots if slot.caches for cache in slot.caches.entries]
+        held += [c for slot in self.slots for prefill in slot.joining for c in prefill.caches]
+        return num_bytes([*held, *self._prefixes.entries])
+
+    # -- the schedule --
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_row: Callable[[RowResult], None],
+        on_visit: Callable[[], None] = lambda: None,
+    ) -> Stats:
+        """Generate the requests, dealt over the replicas. Collective over the world.
+
+        Args:
+            requests: all of them, the same on every rank; each must fit (`why_too_large`).
+            on_row: gets each row of this replica as it ends, on each of its ranks; log-
+                probabilities are there on the last stage only.
+            on_visit: called after each visit to a slot.
+        """
+        begin = time.perf_counter()
+        self._requests, self._on_row = requests, on_row
+        self._plan = plan_prefixes([r.tokens[:-1] for r in requests], self.prefix_cache)
+        self._prefixes = PrefixCache(self._plan, self._compute_prefix)
+        self._dealer = Dealer(self.mesh, len(requests))
+        self._dealt: deque[int] = deque()
+        # Few rows are spread over replicas and slots, so that nobody waits for want of work.
+        shares = self.mesh.dims.dp * len(self.slots)
+        self._places = min(self.batch_size, max(1, -(-len(requests) // shares)))
+        num_rounds, self._warm = 0, (0.0, 0.0)
+        while self._work_left:
             for slot in self.slots:
-                if slot.rows or queue:
-                    self._visit(slot, queue, on_row)
+                self._visit(slot)
+                self.stats.seconds = time.perf_counter() - begin
+                self.stats.idle_seconds = self.link.seconds_waiting
+                on_visit()
+            num_rounds += 1
+            if self._may_add_slot and num_rounds % _ROUNDS == 0:
+                self._look_at_waiting(num_rounds)
         self.link.flush()
+        self._dealer.close()
         return self.stats
 
-    def _visit(
-        self, slot: _Slot, queue: deque[Request], on_row: Callable[[RowResult], None]
-    ) -> None:
-        begin = time.perf_counter()
-        ahead = None
-        if slot.feed is not None:
-            if self.lookahead and not self._all_end_by_length(slot):
-                ahead = self._start_step(slot, slot.feed)
-            keep = self._take_tokens(slot, on_row)
-            if len(keep) < len(slot.rows):
-                ahead = self._drop(slot, keep, ahead)
-        self.stats.decode_seconds += time.perf_counter() - begin
-        new = self._admit(slot, queue)
-        if not slot.rows:
-            slot.feed = None
+    @property
+    def _work_left(self) -> bool:
+        under_way = any(slot.rows or slot.joining for slot in self.slots)
+        return under_way or bool(self._dealt) or not self._dealer.exhausted
+
+    def _look_at_waiting(self, num_rounds: int) -> None:
+        """One slot more where even the stage that waits least is idle. Looked at once, over the
+        second half of the rounds up to now: the first one fills the pipeline."""
+        now = (self.stats.seconds, self.link.seconds_waiting)
+        if num_rounds == _ROUNDS:
+            self._warm = now
             return
-        begin = time.perf_counter()
-        if ahead is None:
-            tokens = [r.tokens[-1] if r.tokens else r.request.tokens[-1] for r in slot.rows]
-            slot.feed, slot.num_fresh = self._start_step(slot, mx.array(tokens, mx.int32)), 0
-        else:
-            prompt_ends = mx.array([row.request.tokens[-1] for row in new], mx.int32)
-            slot.feed = mx.concatenate([ahead, prompt_ends]) if new else ahead
-            slot.num_fresh = len(new)
-        self.stats.decode_seconds += time.perf_counter() - begin
+        seconds, waited = (b - a for a, b in zip(self._warm, now, strict=True))
+        least = min(self.mesh.replica.allgather(waited / seconds))
+        self._may_add_slot = False
+        if least > _TOO_IDLE:
+            self.slots.append(_Slot(len(self.slots)))
+            _log.info(
+                "every stage waits at least %.0f %% of the time: %d microbatches in flight from "
+                "now on",
+                100 * least,
+                len(self.slots),
+            )
+
+    def _visit(self, slot: _Slot) -> None:
+        begin, not_host = time.perf_counter(), self._not_host
+        step, slot.step = slot.step, None
+        if step is not None:
+            if slot.feed is not None and not self._all_end_by_length(slot):
+                slot.step = self._start_step(slot, slot.feed)
+            self._take_tokens(step)
+            slot.rows = [None if row is None or row.ended else row for row in slot.rows]
+        self._admit(slot)
+        self._seat(slot, self._prefill(slot))
+        if slot.live:
+            if slot.step is None:
+                tokens = [0 if row is None else row.last_token for row in slot.rows]
+                slot.step = self._start_step(slot, mx.array(tokens, mx.int32))
+            slot.feed = self._next_inputs(slot)
+        self.stats.num_active = sum(len(s.live) for s in self.slots)
+        self.stats.host_seconds += time.perf_counter() - begin - (self._not_host - not_host)
 
     # -- decode --
 
-    def _start_step(self, slot: _Slot, feed: mx.array) -> mx.array | Pending:
-        """One decode step of a slot: feed [rows] tokens, give the [rows] tokens it will sample."""
-        positions = [row.num_sampled for row in slot.rows]
-        for row in slot.rows:
-            row.num_sampled += 1
+    def _start_step(self, slot: _Slot, feed: mx.array) -> _Step:
+        """One decode step of a slot: feed [places] tokens, sample as many."""
         self.stats.num_steps += 1
         faults.strike(self.mesh.world.rank, self.stats.num_steps)
         if self.stats.num_steps % 256 == 0:
             mx.clear_cache()
-        logits = self.link.forward(feed[:, None], slot.caches)
+        rows = list(slot.rows)
+        params = [_GREEDY if row is None else row.request.sampling for row in rows]
+        positions = [0 if row is None else row.num_sampled for row in rows]
+        contexts = [None if row is None else row.context for row in rows]
+        for row in slot.live:
+            row.num_sampled += 1
+        slot.caches.step()
+        begin = time.perf_counter()
+        logits = self.link.forward(feed[:, None], slot.caches.entries)
+        report = None
         if logits is None:
-            return self.link.receive_tokens(len(slot.rows))
-        params = [row.request.sampling for row in slot.rows]
-        tokens = self.sampler(logits[:, -1], params, positions)
-        mx.async_eval(tokens)
-        self.link.send_tokens(tokens)
-        return tokens
+            tokens = self.link.receive_tokens(len(rows))
+        else:
+            logits = logits[:, -1]
+            tokens = self.sampler(logits, params, positions, contexts)
+            report = self.sampler.report(logits, tokens, params)
+            mx.async_eval(tokens, report.arrays if report else [])
+            self.link.send_tokens(tokens)
+        end = time.perf_counter()
+        self._not_host += end - begin
+        self.stats.decode_seconds += end - begin
+        if self.mesh.dims.pp > 1:
+            self._record("decode", slot, begin + self.link.last_wait, end, len(slot.live))
+        return _Step(rows, tokens, report, begin)
 
-    def _take_tokens(self, slot: _Slot, on_row: Callable[[RowResult], None]) -> list[int]:
-        """Give the slot's sampled tokens to its rows; indices of the rows that go on."""
-        feed = slot.feed
-        tokens = (feed.wait() if isinstance(feed, Pending) else feed).tolist()
+    def _take_tokens(self, step: _Step) -> None:
+        """Give a step's tokens to its rows, and end those that are through."""
+        begin = time.perf_counter()
+        array = self.link.wait(step.tokens) if isinstance(step.tokens, Pending) else step.tokens
+        tokens = array.tolist()
+        logprobs = step.report.read() if step.report else [None] * len(tokens)
         now = time.perf_counter()
-        num_sampled = len(tokens) - slot.num_fresh
-        keep = list(range(num_sampled, len(tokens)))
-        for i, (row, token) in enumerate(zip(slot.rows[:num_sampled], tokens, strict=False)):
+        self._not_host += now - begin
+        self.stats.decode_seconds += now - begin
+        for row, token, logprob in zip(step.rows, tokens, logprobs, strict=True):
+            if row is None or row.ended:
+                continue
             if not row.tokens:
                 row.first_token = now
             row.tokens.append(token)
-            reason = self._finish_reason(row, token)
-            if reason is None:
-                keep.append(i)
-            else:
-                self._finish(row, reason, now, on_row)
-        return sorted(keep)
+            if logprob is not None:
+                row.logprobs.append(logprob)
+            if reason := self._finish_reason(row, token):
+                self._finish(row, reason, now)
 
-    def _all_end_by_length(self, slot: _Slot) -> bool:
-        return all(row.num_sampled >= row.request.sampling.max_tokens for row in slot.rows)
+    def _next_inputs(self, slot: _Slot) -> mx.array | None:
+        """What the step after the one under way is fed, where that can start before the host has
+        seen the tokens: they stay on the device, ends of prompts join them."""
+        step = slot.step
+        if not self.lookahead or any(row.context for row in slot.live):
+            return None
+        if slot.rows == step.rows:
+            return step.tokens
+        place_of = {id(row): place for place, row in enumerate(step.rows) if row is not None}
+        places = [place_of.get(id(row), 0) for row in slot.rows]
+        new = [row is not None and id(row) not in place_of for row in slot.rows]
+        ends = [row.last_token if fresh else 0 for row, fresh in zip(slot.rows, new, strict=True)]
+        return mx.where(mx.array(new), mx.array(ends, mx.int32), step.tokens[mx.array(places)])
+
+    @staticmethod
+    def _all_end_by_length(slot: _Slot) -> bool:
+        return all(row.num_left <= 0 for row in slot.live)
 
     def _finish_reason(self, row: _Row, token: int) -> str | None:
+        if token < 0:
+            return "error"
         if token in self.eos:
             return "stop"
         row.detokenizer.add_token(token)
@@ -196,75 +396,172 @@ class Engine:
             return "stop"
         return "length" if len(row.tokens) >= sampling.max_tokens else None
 
-    def _finish(
-        self, row: _Row, reason: str, now: float, on_row: Callable[[RowResult], None]
-    ) -> None:
+    def _finish(self, row: _Row, reason: str, now: float) -> None:
+        row.ended = True
         row.detokenizer.finalize()
-        text = row.detokenizer.text
-        ends = [text.find(s) for s in row.request.sampling.stop if s in text]
+        text, request = row.detokenizer.text, row.request
+        ends = [text.find(s) for s in request.sampling.stop if s in text]
         if ends:
             text, reason = text[: min(ends)], "stop"
-        request = row.request
+        result = RowResult(
+            request.index,
+            request.id,
+            text,
+            tuple(row.tokens),
+            reason,
+            len(request.tokens),
+            row.first_token - row.started,
+            now - row.started,
+            request.sample,
+            row.num_cached,
+            time.time(),
+            self.mesh.world.rank,
+            tuple(row.logprobs) if request.sampling.logprobs is not None else None,
+        )
         self.stats.num_rows += 1
         self.stats.generated_tokens += len(row.tokens)
-        on_row(
-            RowResult(
-                request.index,
-                request.id,
-                text,
-                tuple(row.tokens),
-                reason,
-                len(request.tokens),
-                row.first_token - row.started,
-                now - row.started,
-                created=time.time(),
-            )
-        )
+        self._on_row(result)
 
-    def _drop(self, slot: _Slot, keep: list[int], ahead: mx.array | None) -> mx.array | None:
-        slot.rows = [slot.rows[i] for i in keep]
-        if not keep:
-            slot.caches = []
-            return None
-        index = mx.array(keep)
-        for cache in slot.caches:
-            cache.filter(index)
-        return None if ahead is None else ahead[index]
+    # -- who joins --
+
+    def _admit(self, slot: _Slot) -> None:
+        """Let rows into the slot's free places while every rank has the memory."""
+        free = self._places - len(slot.live) - slot.num_joining
+        if slot.live and free * _JOIN_SHARE < self._places and not self._dealer.exhausted:
+            return
+        self._dealt.extend(self._dealer.draw(free - len(self._dealt)))
+        while free > 0 and self._dealt:
+            group = self._next_group(slot, free)
+            if not group:
+                return
+            free -= len(group)
+            slot.joining.append(self._begin_prefill(group))
+        self._prefixes.release(self._dealt[0] if self._dealt else self._dealer.dealt_to)
+
+    def _next_group(self, slot: _Slot, free: int) -> list[int]:
+        """The next rows that can be prefilled together and fit the memory; taken from `_dealt`."""
+        numbers: list[int] = []
+        requests: list[Request] = []
+        while self._dealt and len(numbers) < free:
+            number = self._plan.order[self._dealt[0]]
+            request = self._requests[number]
+            if numbers:
+                first = numbers[0]
+                alike = self._plan.prefix_of[number] == self._plan.prefix_of[first] and len(
+                    request.tokens
+                ) == len(self._requests[first].tokens)
+                if not alike or len(request.tokens) * (len(numbers) + 1) > self.prefill_chunk:
+                    break
+            if not self._make_room(slot, [*requests, request]):
+                break
+            self._dealt.popleft()
+            numbers.append(number)
+            requests.append(request)
+        return numbers
+
+    def _make_room(self, slot: _Slot, requests: list[Request]) -> bool:
+        """Whether `requests` fit into `slot`, if need be after forgetting prefixes."""
+        others = [load for other in self.slots if other is not slot for load in other.loads()]
+        while True:
+            prefixes = [Load(1, length, prefill=True) for length in self._prefixes.lengths]
+            if self.budget.fits([*others, *slot.loads(requests), *prefixes]):
+                return True
+            if not self._prefixes.shrink():
+                return False
+
+    def _begin_prefill(self, numbers: list[int]) -> _Prefill:
+        requests = [self._requests[number] for number in numbers]
+        begin = time.perf_counter()
+        caches, known = self._start_from(numbers[0], len(numbers))
+        rows = [_Row(r, self.tokenizer.detokenizer, begin, known) for r in requests]
+        tokens = mx.array([list(request.tokens[known:-1]) for request in requests], mx.int32)
+        length = len(requests[0].tokens) - 1
+        self.stats.prompt_tokens += sum(len(request.tokens) for request in requests)
+        self.stats.cached_tokens += known * len(requests)
+        return _Prefill(rows, tokens.reshape(len(rows), length - known), caches, length)
+
+    def _start_from(self, number: int, count: int) -> tuple[list[Any], int]:
+        """Caches for `count` rows like `number`, and how many of their tokens are in them."""
+        prefix = self._plan.prefix_of[number]
+        while prefix >= 0:
+            known = len(self._plan.prefixes[prefix].tokens)
+            if self.budget.fits([Load(_PREFIX_SHARE, known, prefill=True)]):
+                return fork_caches(self._prefixes.get(prefix), count), known
+            prefix = self._plan.prefixes[prefix].parent  # too long to be kept: a shorter one
+        return self.stage.make_cache(), 0
 
     # -- prefill --
 
-    def _admit(self, slot: _Slot, queue: deque[Request]) -> list[_Row]:
-        """Fill the slot's free places from the queue, prefilling each prompt but its last token.
+    def _prefill(self, slot: _Slot) -> list[_Prefill]:
+        """Feed the next chunk of what joins; those that are through."""
+        budget, through = self.prefill_chunk, []
+        while slot.joining and budget > 0:
+            prefill = slot.joining[0]
+            count, length = prefill.tokens.shape
+            if length:
+                piece = min(length, max(1, budget // count))
+                prefill.caches = self._feed(slot, prefill.tokens[:, :piece], prefill.caches)
+                prefill.tokens = prefill.tokens[:, piece:]
+                budget -= piece * count
+            if prefill.tokens.shape[1] == 0:
+                through.append(slot.joining.popleft())
+        return through
 
-        Rows are prefilled alone, so a row's numbers do not depend on its neighbours' lengths.
-        """
+    def _feed(self, slot: _Slot | None, tokens: mx.array, caches: list[Any]) -> list[Any]:
+        """Put tokens [rows, length] into caches."""
         begin = time.perf_counter()
-        new: list[_Row] = []
-        new_caches = []
-        while queue and len(slot.rows) + len(new) < self._places:
-            request = queue.popleft()
-            new.append(_Row(request, self.tokenizer.detokenizer, time.perf_counter()))
-            new_caches.append(self._prefill(request.tokens[:-1]))
-            self.stats.prompt_tokens += len(request.tokens)
-        if not new:
-            return new
-        slot.rows += new
-        if self._places == 1:
-            slot.caches = new_caches[0]
-        else:
-            merged = merge_caches(new_caches)
-            for batch, joining in zip(slot.caches, merged, strict=False):
-                batch.extend(joining)
-            slot.caches = slot.caches or merged
-        self.stats.prefill_seconds += time.perf_counter() - begin
-        return new
-
-    def _prefill(self, tokens: Sequence[int]) -> list[Any]:
-        """A new row's caches after `tokens`, in chunks that follow each other down the stages."""
-        caches = self.stage.make_cache()
-        for start in range(0, len(tokens), self.prefill_chunk):
-            chunk = mx.array([tokens[start : start + self.prefill_chunk]])
-            self.link.forward(chunk, caches)
-            # The last stage's logits of a prompt are not needed and never computed.
-            mx.eval([cache.state for cache in caches])
+        self.link.forward(tokens, caches)
+        # The last stage's logits of a prompt are not needed and never computed.
+        caches = self._packed(caches)
+        mx.eval([cache.state for cache in caches])
+        end = time.perf_counter()
+        self._not_host += end - begin
+        self.stats.prefill_seconds += end - begin
+        self._record("prefill", slot, begin + self.link.last_wait, end, tokens.size)
         return caches
+
+    def _compute_prefix(self, tokens: Sequence[int], parent: list[Any] | None) -> list[Any]:
+        caches = self.stage.make_cache() if parent is None else fork_caches(parent)
+        for start in range(0, len(tokens), self.prefill_chunk):
+            piece = list(tokens[start : start + self.prefill_chunk])
+            caches = self._feed(None, mx.array([piece], mx.int32), caches)
+        return caches
+
+    def _packed(self, caches: list[Any]) -> list[Any]:
+        return caches if self.kv_bits is None else quantize_caches(caches, self.kv_bits)
+
+    def _seat(self, slot: _Slot, through: list[_Prefill]) -> None:
+        """Give prefilled rows their places: first those of rows that have ended."""
+        rows = [row for prefill in through for row in prefill.rows]
+        lengths = [prefill.length for prefill in through for _ in prefill.rows]
+        caches = [c for p in through for c in split_caches(p.caches, len(p.rows))]
+        if not slot.live:
+            slot.caches = SlotCaches(caches, lengths, batched=self.batched) if rows else None
+            # The step under way, if any, was for rows that have all ended.
+            slot.rows, slot.step, slot.feed = list(rows), None, None
+            return
+        free = [place for place, row in enumerate(slot.rows) if row is None]
+        taken = free[: len(rows)]
+        if taken:
+            slot.caches.take_over(taken, caches[: len(taken)], lengths[: len(taken)])
+            for place, row in zip(taken, rows, strict=False):
+                slot.rows[place] = row
+        if rows[len(taken) :]:
+            slot.caches.append(caches[len(taken) :], lengths[len(taken) :])
+            slot.rows += rows[len(taken) :]
+        self._close_up(slot)
+
+    def _close_up(self, slot: _Slot) -> None:
+        """Where nobody will take the places of rows that have ended, do without them: each costs
+        a row's work at every step, leaving them one copy of the caches."""
+        num_free = len(slot.rows) - len(slot.live)
+        coming = self._dealt or slot.joining or not self._dealer.exhausted
+        if coming or num_free * _JOIN_SHARE < len(slot.rows):
+            return
+        places = [place for place, row in enumerate(slot.rows) if row is not None]
+        slot.caches.keep(places)
+        slot.rows = [slot.rows[place] for place in places]
+
+    def _record(self, kind: str, slot: _Slot | None, begin: float, end: float, tokens: int) -> None:
+        if self.timeline is not None:
+            self.timeline.record(kind, -1 if slot is None else slot.number, begin, end, tokens)

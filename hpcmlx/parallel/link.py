@@ -25,11 +25,12 @@ class StageLink:
 
     Attributes:
         seconds_waiting: how long this rank has waited for what other stages had to send.
+        last_wait: how much of that in the last `forward`.
     """
 
     def __init__(self, mesh: Mesh, stage: Stage):
         self.mesh, self.stage = mesh, stage
-        self.seconds_waiting = 0.0
+        self.seconds_waiting = self.last_wait = 0.0
         self._sends: list[Pending] = []
 
     def forward(self, tokens: mx.array, caches: list[Any] | None = None) -> mx.array | None:
@@ -39,7 +40,9 @@ class StageLink:
         Returns:
             On the last stage the logits [batch, length, local vocab], unevaluated; else None.
         """
+        before = self.seconds_waiting
         inputs = [] if self.stage.first else self.receive(*tokens.shape)
+        self.last_wait = self.seconds_waiting - before
         outputs = self.stage(tokens, inputs, caches)
         if self.stage.last:
             return outputs

@@ -85,7 +85,7 @@ def run_engine(loaded, mesh, prompts, sampling, **options):
     requests = [Request(i, str(i), tuple(p), sampling(i)) for i, p in enumerate(prompts)]
     rows = []
     engine = Engine(loaded, mesh, NumberTokenizer(), **options)
-    engine.run(requests[mesh.dp :: mesh.dims.dp], rows.append)
+    engine.run(requests, rows.append)
     mine = rows if mesh.pp == 0 and mesh.tp == 0 else []
     gathered = mesh.world.gather(mine)
     return gathered and [
