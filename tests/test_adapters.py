@@ -1,5 +1,5 @@
-"""Adapters: what is loaded gives the logits of mlx-lm's load_adapters and of PEFT on torch, and what
-has no exact place is refused by name. tests/mpi/test_adapters.py does the same on every layout.
+"""Adapters: what is loaded gives the logits of mlx-lm's load_adapters and of PEFT on torch, and
+what has no exact place is refused by name. tests/mpi/test_adapters.py is about layouts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from safetensors.numpy import save_file
 
 from hpcmlx.comm import Communicator
-from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.errors import ConfigError
 from hpcmlx.mesh import Mesh, ParallelDims
-from hpcmlx.models.adapter_files import open_adapter
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import load_model
+from tests.test_loader import save, save_quantized
+from tests.test_skeleton import EXPERTS
 from tests.tiny_configs import CONFIGS, build
 from tests.twin import load_twin, save_checkpoint
 
@@ -34,7 +35,8 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 def layer_keys(model: nn.Module, kinds: tuple) -> list[str]:
     """Paths, within a layer, of the modules that can be adapted."""
-    return sorted({p for layer in model.layers for p, m in layer.named_modules() if isinstance(m, kinds)})
+    modules = [item for layer in model.layers for item in layer.named_modules()]
+    return sorted({path for path, module in modules if isinstance(module, kinds)})
 
 
 def noise(shape, seed: int) -> mx.array:
@@ -50,11 +52,11 @@ def save_mlx_adapter(folder: Path, model: nn.Module, kind: str = "lora", ends: b
     num_layers = len(model.layers)
     settings = {"rank": 3, "scale": 2.5, "dropout": 0.1}
     if kind == "full":
-        parameters = dict(tree_flatten(model.parameters()))
+        packed = [path for path, module in model.named_modules() if "scales" in module]
         weights = {
             name: value + 0.3 * noise(value.shape, i) / value.shape[-1] ** 0.5
-            for i, (name, value) in enumerate(parameters.items())
-            if "layers.1." in name or name.endswith("norm.weight")
+            for i, (name, value) in enumerate(tree_flatten(model.parameters()))
+            if "layers.0." not in name and name.rpartition(".")[0] not in packed
         }
     else:
         kinds = (*LINEARS, *EMBEDDINGS) + (SWITCHES if kind == "lora" else ())
@@ -122,3 +124,177 @@ def test_mlx_lm_adapters(tmp_path, name, kind, changes):
     loaded = load(path, adapter=adapter)
     assert np.abs(logits(twin) - logits(load_twin(path))).max() > 0.05  # it does something
     np.testing.assert_allclose(logits(loaded.stage), logits(twin), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("packing", ["affine4", "affine8"])
+def test_a_packed_base_stays_packed(tmp_path, packing, kind):
+    path = save_quantized(tmp_path / "model", packing)
+    # mlx-lm's own DoRA takes the norm of a packed embedding's integers, so that is left out.
+    adapter = save_mlx_adapter(tmp_path / "adapter", load_twin(path), kind, ends=kind == "lora")
+    twin = load_adapters(load_twin(path), str(adapter)).eval()
+    kept = load(path, adapter=adapter, weights="keep", dtype="checkpoint")
+    assert "scales" in kept.stage.model.model.layers[0].self_attn.q_proj
+    np.testing.assert_allclose(logits(kept.stage), logits(twin), rtol=0, atol=2e-5)
+    unpacked = load(path, adapter=adapter, weights="dequantize")
+    np.testing.assert_allclose(logits(unpacked.stage), logits(twin), rtol=0, atol=1e-4)
+
+
+def test_factors_take_the_dtype_of_their_module(tmp_path):
+    path = plain(tmp_path, "llama")
+    adapter = save_mlx_adapter(tmp_path / "adapter", load_twin(path), "dora")
+    loaded = load(path, adapter=adapter, dtype="bfloat16")
+    dtypes = {a.dtype for _, a in tree_flatten(loaded.stage.model.parameters())}
+    assert dtypes == {mx.bfloat16}
+    assert loaded.stage(TOKENS).dtype == mx.bfloat16
+    twin = load_adapters(load_twin(path), str(adapter)).eval()
+    np.testing.assert_allclose(logits(loaded.stage), logits(twin), rtol=0, atol=0.3)
+
+
+def test_what_is_on_is_said(tmp_path):
+    path = plain(tmp_path, "llama")
+    assert "adapter" not in str(load(path))
+    lora = save_mlx_adapter(tmp_path / "mine", load_twin(path))
+    assert str(load(path, adapter=lora)).endswith("adapter mine: LoRA of rank 3 on 30 modules")
+    full = save_mlx_adapter(tmp_path / "all", load_twin(path), "full")
+    assert str(load(path, adapter=full)).endswith("adapter all: 30 tensors replaced")
+
+
+def test_a_numbered_file_of_a_training_run(tmp_path):
+    path = plain(tmp_path, "llama")
+    adapter = save_mlx_adapter(tmp_path / "adapter", load_twin(path))
+    (adapter / "adapters.safetensors").rename(adapter / "0000100_adapters.safetensors")
+    with pytest.raises(ConfigError, match=r"adapters\.safetensors is missing"):
+        load(path, adapter=adapter)
+    loaded = load(path, adapter=adapter / "0000100_adapters.safetensors")
+    assert "30 modules" in str(loaded)
+
+
+# -- PEFT --
+
+
+@pytest.fixture(scope="session")
+def peft():
+    pytest.importorskip("torch", reason="NOT CHECKED: PEFT's adapters (pip install torch peft)")
+    return pytest.importorskip("peft", reason="NOT CHECKED: PEFT's adapters (pip install peft)")
+
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEFT_CASES = {
+    "lora": ({}, {"target_modules": PROJECTIONS}),
+    "ends": ({}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "tied": (
+        {"tie_word_embeddings": True},
+        {"target_modules": ["down_proj", "embed_tokens"]},
+    ),
+    "patterns": (
+        {},
+        {
+            "target_modules": PROJECTIONS,
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 6},
+            "alpha_pattern": {r"^model\.layers\.[02]\..*_proj": 3},
+        },
+    ),
+    "dora": (
+        {"attention_bias": True},
+        {"target_modules": [*PROJECTIONS, "lm_head"], "use_dora": True, "bias": "all"},
+    ),
+    "saved": (
+        {"attention_bias": True},
+        {
+            "target_modules": ["q_proj"],
+            "bias": "lora_only",
+            "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_peft_adapters(tmp_path, peft, case):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    changes, settings = PEFT_CASES[case]
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**CONFIGS["llama"] | changes)).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    base.save_pretrained(tmp_path / "model")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=9, **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    twin = peft.PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+        tmp_path / "adapter",
+    ).eval()
+    tokens = torch.tensor(TOKENS.tolist())
+    with torch.no_grad():
+        expected = twin(tokens).logits.numpy()
+        without = twin.get_base_model().eval()
+        with twin.disable_adapter():
+            assert np.abs(without(tokens).logits.numpy() - expected).max() > 0.05
+    loaded = load(tmp_path / "model", adapter=tmp_path / "adapter")
+    np.testing.assert_allclose(logits(loaded.stage), expected, rtol=0, atol=3e-5)
+
+
+def save_peft_adapter(folder: Path, tensors: dict[str, np.ndarray], **settings) -> Path:
+    """An adapter in PEFT's layout, from tensors named as Hugging Face names modules."""
+    folder.mkdir()
+    named = {f"base_model.model.{n}": np.ascontiguousarray(a) for n, a in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 7.5} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def to_peft(adapter: Path, name: str) -> dict[str, np.ndarray]:
+    """The tensors of an mlx-lm adapter with the names and layouts of PEFT, experts one by one."""
+    prefix, template, names = EXPERTS[name]
+    result = {}
+    for key, array in mx.load(str(adapter / "adapters.safetensors")).items():
+        module, _, role = key.rpartition(".")
+        factor = "lora_A.weight" if role == "lora_a" else "lora_B.weight"
+        if prefix in key:
+            start, own = module[: module.index(prefix)], module.rpartition(".")[2]
+            for expert in range(array.shape[0]):
+                one = template.format(expert=expert, name=names[own]).removesuffix("weight")
+                result[f"{start}{one}{factor}"] = np.array(array[expert])
+        else:
+            result[f"{module}.{factor}"] = np.array(array.T)
+    return result
+
+
+@pytest.mark.parametrize("base", ["stacked", "one by one"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_peft_adapters_of_experts(tmp_path, name, base):
+    model = build(name)
+    path = save_checkpoint(model, CONFIGS[name], tmp_path / "model")
+    adapter = save_mlx_adapter(tmp_path / "mlx", load_twin(path), ends=False)
+    twin = load_adapters(load_twin(path), str(adapter)).eval()
+    if base == "one by one":
+        path = save(tmp_path / "hub", CONFIGS[name], unstack(model, name))
+    loaded = load(path, adapter=save_peft_adapter(tmp_path / "peft", to_peft(adapter, name)))
+    np.testing.assert_allclose(logits(loaded.stage), logits(twin), rtol=0, atol=2e-5)
+
+
+def unstack(model: nn.Module, name: str) -> dict[str, mx.array]:
+    """The weights with one tensor per expert and projection, as the hub has them."""
+    prefix, template, names = EXPERTS[name]
+    weights = {}
+    for path, array in tree_flatten(model.parameters()):
+        if prefix in path:
+            own = path.removesuffix(".weight").rpartition(".")[2]
+            for expert in range(array.shape[0]):
+                one = template.format(expert=expert, name=names[own])
+                weights[path[: path.index(prefix)] + one] = mx.contiguous(array[expert])
+        else:
+            weights[path] = array
+    return weights

@@ -194,8 +194,11 @@ def _peft(
             factors[name] = match
         elif ".lora_" in name or not name.startswith(_PEFT_PREFIX):
             raise _bad(path, f"tensor {name} is of a kind that is not supported")
-        else:
-            whole[name.removeprefix(_PEFT_PREFIX)] = name
+        else:  # a whole parameter: modules_to_save, a bias, or the weight of an embedding
+            own = name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+            if own in whole:
+                raise _bad(path, f"tensors {whole[own]} and {name} are for the same place")
+            whole[own] = name
     return _pair(path, factors, bool(config.get("use_dora")), settings), whole
 
 
