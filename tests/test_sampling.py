@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from hpcmlx.comm import Communicator
+from hpcmlx.inference.penalties import Context
 from hpcmlx.inference.sampling import (
     Sampler,
     SamplingParams,
@@ -279,3 +280,44 @@ def test_half_precision_logits():
     params = [SamplingParams(temperature=1.0, top_p=0.9, seed=1), SamplingParams()]
     wide = sampler(logits.astype(mx.float32), params, [0, 0]).tolist()
     assert sampler(logits, params, [0, 0]).tolist() == wide
+
+
+# -- rows without anything to sample from --
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("bounds", [(0, 100), (0, 30, 100), (0, 1, 2, 100)], ids=str)
+def test_a_row_that_is_not_finite_gets_no_token(kind, bounds):
+    """Wherever the NaN is, and whatever rank holds it; its neighbours are not concerned."""
+    logits = rng().normal(size=(7, 100)).astype(np.float32)
+    params = [SamplingParams(**kind, seed=i) for i in range(7)]
+    good = draw(logits, params, range(7))
+    logits[0] = np.nan
+    logits[1, 99] = np.nan
+    logits[2, 0] = -np.float32(np.nan)
+    logits[3] = -np.inf
+    logits[4, 57] = np.inf
+    logits[5, :99] = -np.inf
+    for tokens in split_draw(logits, params, range(7), bounds):
+        assert tokens == [-1, -1, -1, -1, -1, 99, good[6]]
+
+
+def test_a_nan_survives_penalties_and_bias():
+    logits = np.zeros((1, 9), np.float32)
+    logits[0, 4] = np.nan
+    for p in (
+        SamplingParams(logit_bias=((4, -100.0),)),
+        SamplingParams(repetition_penalty=2.0),
+        SamplingParams(presence_penalty=1.0, temperature=1.0, top_k=2),
+    ):
+        sampler = Sampler(Communicator(), (0, 9), 9)
+        assert sampler(mx.array(logits), [p], [1], [Context([4], [4])]).tolist() == [-1]
+
+
+def test_the_only_token_kept_is_drawn_whatever_its_noise():
+    """A draw of exactly 0 would be a noise of -inf."""
+    keys = np.array([[0, 0]], np.uint32)
+    assert (np.array(uniform_at(keys, np.arange(1000)[None], 1000)) > 0).all()
+    number = 2000
+    logits = np.broadcast_to(np.array([0.0, 9.0, 0.0], np.float32), (number, 3))
+    assert set(draws(logits[0], number, temperature=1.0, top_k=1)) == {1}

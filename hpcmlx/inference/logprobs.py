@@ -211,11 +211,12 @@ class Report:
         """One entry per row, None where nothing was asked. Without meaning for a row whose token
         is -1."""
         gathered = np.array(self._gathered)
-        totals = np.logaddexp.reduce(gathered[..., 0].astype(np.float64), axis=0)
-        # Rounding must not make a probability larger than 1.
-        chosen = np.minimum(gathered[..., 1].sum(axis=0) - totals, 0.0).tolist()
         values, ids = merge_largest(gathered[..., 2:], self._count)
-        tops = np.minimum(values - totals[:, None], 0.0).tolist()
+        with np.errstate(invalid="ignore"):  # rows that are not finite
+            totals = np.logaddexp.reduce(gathered[..., 0].astype(np.float64), axis=0)
+            # Rounding must not make a probability larger than 1.
+            chosen = np.minimum(gathered[..., 1].sum(axis=0) - totals, 0.0).tolist()
+            tops = np.minimum(values - totals[:, None], 0.0).tolist()
         rows = iter(zip(chosen, ids.tolist(), tops, strict=True))
         return [None if number is None else _entry(*next(rows), number) for number in self._asked]
 

@@ -84,7 +84,7 @@ def adjust(
     """
     if any(p.looks_back for p in params):
         logits = _penalised(logits, params, contexts or [None] * len(params), start)
-    if any(p.logit_bias for p in params):
+    if any(p.bias is not None for p in params):
         logits = _biased(logits, params, start)
     return logits
 
