@@ -115,12 +115,12 @@ class _Reader:
     def add(self, line: int | None, row: dict[str, Any] | BadRow) -> None:
         batch, index = self._batch, len(self._batch.rows)
         number = index + 1 if line is None else line
-        row_id, requests, problem = str(number), [], None
+        row_id, own_id, requests, problem = str(number), False, [], None
         kept = {"format": "chat" if batch.is_openai else "plain"}
         try:
             if isinstance(row, BadRow):
                 raise row
-            row_id = self._id(row, number)
+            row_id, own_id = self._id(row, number)
             if batch.is_openai:
                 kept = {"format": openai.row_format(row), "model": openai.row_model(row)}
             _refuse_surrogates(row, self._kind)
@@ -134,6 +134,10 @@ class _Reader:
             where = f"{self._path}, row {number}" if line is None else f"{self._path}:{line}"
             message = f"{where}: {problem}"
             batch.errors.append(RowError(index, row_id, line, problem.code, message))
+        if own_id or not problem:  # a bad row without an id takes no other row's away
+            first = self._places.setdefault(row_id, number)
+            if first != number:
+                self._repeated.setdefault(row_id, [first]).append(number)
         batch.requests += requests
         batch.rows.append(
             InputRow(index, row_id, line, n=len(requests), errored=problem is not None, **kept)
@@ -145,8 +149,8 @@ class _Reader:
             raise InputError(f"input {self._path} holds no rows")
         if self._nameless:
             raise InputError(
-                f"input {self._path}: {len(self._nameless)} rows have no custom_id "
-                f"({self._word} {_listing(self._nameless)}); give each one of its own"
+                f"input {self._path}: rows without a custom_id: {self._word}s "
+                f"{_listing(self._nameless)}; give each one of its own"
             )
         if self._repeated:
             ids = [
@@ -154,28 +158,23 @@ class _Reader:
                 for row_id, places in self._repeated.items()
             ]
             raise InputError(
-                f"input {self._path}: {len(ids)} ids are used more than once: {_listing(ids)}; "
-                "give each row an id of its own"
+                f"input {self._path}: ids used more than once: {_listing(ids)}; give each row one "
+                "of its own"
             )
         return self._batch
 
-    def _id(self, row: dict[str, Any], number: int) -> str:
-        """Takes the id out of a row. Raises BadRow where nobody could find the row by it."""
-        if self._batch.is_openai:
-            value = row.pop("custom_id", None)
-            if not isinstance(value, str) or not value:
-                self._nameless.append(number)
-                return str(number)
-        else:
-            value = row.pop("id", number)
-            if isinstance(value, bool) or not isinstance(value, str | int):
-                raise BadRow(f"id={value!r:.60} must be a string or a whole number")
-        row_id = str(value)
-        _refuse_surrogates(row_id, self._kind)
-        first = self._places.setdefault(row_id, number)
-        if first != number:
-            self._repeated.setdefault(row_id, [first]).append(number)
-        return row_id
+    def _id(self, row: dict[str, Any], number: int) -> tuple[str, bool]:
+        """Takes the id out of a row; whether it is the row's own. BadRow where it is no id."""
+        key = "custom_id" if self._batch.is_openai else "id"
+        own = key in row
+        value = row.pop(key, None if self._batch.is_openai else number)
+        if self._batch.is_openai and (not isinstance(value, str) or not value):
+            self._nameless.append(number)
+            return str(number), False
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise BadRow(f"id={value!r:.60} must be a string or a whole number")
+        _refuse_surrogates(str(value), self._kind)
+        return str(value), own
 
     def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
         if self._kind == "openai":
