@@ -13,6 +13,7 @@ import pytest
 from hpcmlx.errors import ConfigError
 from hpcmlx.observe import memory
 from hpcmlx.observe.memory import cgroup_headroom, format_bytes, parse_bytes
+from hpcmlx.observe.summary import peak_memory
 
 GIB = 1 << 30
 V1_UNLIMITED = 9223372036854771712
@@ -116,6 +117,15 @@ def test_ulimit_counts():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 32 << 20 <= int(out.stdout) <= 64 << 20
+
+
+def test_the_peak_counts_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    [(name, resident)] = peak_memory().items()
+    assert name == "peak_rss_bytes" and resident >= psutil.Process().memory_info().rss // 2
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 12 * GIB)
+    assert peak_memory()["peak_metal_bytes"] == 12 * GIB
 
 
 @pytest.mark.parametrize(

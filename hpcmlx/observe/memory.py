@@ -47,8 +47,8 @@ def available_bytes(num_ranks_on_host: int = 1) -> int:
         bounds.append(limit - psutil.Process().memory_info().vms)
     if mx.metal.is_available() and mx.default_device() != mx.Device(mx.cpu):
         # Ranks on one host share one GPU, and a rank sees only its own part of what is in use.
-        resident = mx.device_info()["max_recommended_working_set_size"] // num_ranks_on_host
-        bounds.append(resident - mx.get_active_memory())
+        resident = int(mx.device_info()["max_recommended_working_set_size"])
+        bounds.append(resident // num_ranks_on_host - mx.get_active_memory())
     return max(0, min(bounds))
 
 

@@ -49,8 +49,8 @@ class ProgressBar:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total, self.unit, self.done, self.num_errors = total, unit, already_done, num_errors
-        self._already_done, self._tokens_per_sec = already_done, None
-        self._enabled, self._clock = enabled, clock
+        self._already_done, self._enabled, self._clock = already_done, enabled, clock
+        self._tokens_per_sec: float | None = None
         self._console = console or Console()
         self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
         self._answers = enabled and total <= FEW

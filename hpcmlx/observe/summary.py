@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from hpcmlx.comm import Communicator, hostname
 from hpcmlx.files import write_atomic
 
@@ -17,6 +19,15 @@ def peak_rss() -> int:
     """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory() -> dict[str, int]:
+    """What a rank needed at most, in bytes: resident memory and, on a Metal GPU, MLX's arrays,
+    which need not show up as resident."""
+    peak = {"peak_rss_bytes": peak_rss()}
+    if mx.metal.is_available():
+        peak["peak_metal_bytes"] = mx.get_peak_memory()
+    return peak
 
 
 def write_summary(
@@ -31,7 +42,7 @@ def write_summary(
     Returns:
         On rank 0 the table of ranks, elsewhere None.
     """
-    mine = {"rank": world.rank, "host": hostname(), **per_rank, "peak_rss_bytes": peak_rss()}
+    mine = {"rank": world.rank, "host": hostname(), **per_rank, **peak_memory()}
     ranks = world.gather(mine)
     if ranks is not None:
         text = json.dumps({**totals, "ranks": ranks}, indent=2) + "\n"

@@ -44,7 +44,8 @@ class Timeline:
 
     def __init__(self, limit: int = LIMIT, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self._limit, self._spans, self._is_full = limit, [], False
+        self._limit, self._is_full = limit, False
+        self._spans: list[tuple[float, float, int, int, int]] = []
         #: (this rank's clock, rank 0's minus this rank's)
         self._offsets: list[tuple[float, float]] = []
 
@@ -248,9 +249,10 @@ def draw(lanes: Sequence[Lane], layout: str) -> bytes:
         figure = Figure(figsize=(12, sum(heights) + 1.9 + 0.5 * zoomed), layout="constrained")
         axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         chart = axes[-1]
-        numbered = _numbered(lanes, begin, end)
-        for y, lane in enumerate(lanes):
-            _draw_lane(chart, y, lane, begin, end, numbered)
+        pieces = [_pieces(lane.spans, begin, end) for lane in lanes]
+        numbered = _numbered(np.concatenate(pieces), end - begin)
+        for y, lane_pieces in enumerate(pieces):
+            _draw_lane(chart, y, lane_pieces, numbered, end - begin)
         _label(chart, lanes, seconds)
         chart.set_xlim(begin, end)
         chart.set_xlabel("seconds")
@@ -274,46 +276,49 @@ def _window(lanes: Sequence[Lane], seconds: float) -> tuple[float, float]:
     return float(begins[first]), float(begins[first + _MAX_SHOWN // 2])
 
 
-def _numbered(lanes: Sequence[Lane], begin: float, end: float) -> list[int]:
-    """The kinds whose spans are mostly wide enough for the number of their slot."""
-    spans = np.concatenate([lane.spans for lane in lanes])
-    spans = spans[(spans["end"] > begin) & (spans["begin"] < end)]
-    widths = spans["end"] - spans["begin"]
-    kinds = [code for code in (_CODES["prefill"], _CODES["decode"]) if code in spans["kind"]]
-    return [c for c in kinds if np.median(widths[spans["kind"] == c]) > (end - begin) / 70]
+def _pieces(spans: np.ndarray, begin: float, end: float) -> np.ndarray:
+    """What of the spans lies between `begin` and `end` and in no "wait"."""
+    spans = np.sort(spans[(spans["end"] > begin) & (spans["begin"] < end)], order="begin")
+    is_wait = spans["kind"] == _WAIT
+    waits, pieces = spans[is_wait], []
+    for left, right, *what in spans[~is_wait].tolist():
+        left, right = max(left, begin), min(right, end)
+        for wait in waits[(waits["end"] > left) & (waits["begin"] < right)]:
+            if wait["begin"] > left:
+                pieces.append((left, wait["begin"], *what))
+            left = max(left, wait["end"])
+        if left < right:
+            pieces.append((left, right, *what))
+    return np.array(pieces, SPAN)
+
+
+def _numbered(pieces: np.ndarray, seconds: float) -> list[int]:
+    """The kinds whose pieces are mostly wide enough for the number of their slot."""
+    widths = pieces["end"] - pieces["begin"]
+    kinds = [code for code in (_CODES["prefill"], _CODES["decode"]) if code in pieces["kind"]]
+    return [c for c in kinds if np.median(widths[pieces["kind"] == c]) > seconds / 70]
 
 
 def _draw_lane(
-    axes: Any, y: int, lane: Lane, begin: float, end: float, numbered: Sequence[int]
+    axes: Any, y: int, pieces: np.ndarray, numbered: Sequence[int], seconds: float
 ) -> None:
-    spans = lane.spans[(lane.spans["end"] > begin) & (lane.spans["begin"] < end)]
-    waits = spans["kind"] == _WAIT
-    for slot in np.unique(spans["slot"][~waits]):
-        for code in np.unique(spans["kind"][~waits]):
-            chosen = spans[(spans["slot"] == slot) & (spans["kind"] == code)]
-            axes.broken_barh(
-                np.stack([chosen["begin"], chosen["end"] - chosen["begin"]], axis=1),
-                (y - 0.42, 0.84),
-                facecolor=_color(code, slot),
-                hatch="////" if KINDS[code] == "prefill" else None,
-                edgecolor="white",
-                linewidth=0.5,
-            )
-    # A wait lies on top of the step that it is part of.
-    idle = spans[waits]
-    axes.broken_barh(
-        np.stack([idle["begin"], idle["end"] - idle["begin"]], axis=1),
-        (y - 0.43, 0.86),
-        facecolor="white",
-    )
-    for span in spans[np.isin(spans["kind"], numbered)]:
-        left, right = max(span["begin"], begin), min(span["end"], end)
-        if right - left > (end - begin) / 100:
-            color = _color(span["kind"], span["slot"])
+    for slot, code in np.unique(pieces[["slot", "kind"]]):
+        chosen = pieces[(pieces["slot"] == slot) & (pieces["kind"] == code)]
+        axes.broken_barh(
+            np.stack([chosen["begin"], chosen["end"] - chosen["begin"]], axis=1),
+            (y - 0.42, 0.84),
+            facecolor=_color(code, slot),
+            hatch="////" if KINDS[code] == "prefill" else None,
+            edgecolor="white",
+            linewidth=0.5,
+        )
+    for left, right, code, slot, _ in pieces[np.isin(pieces["kind"], numbered)].tolist():
+        if right - left > seconds / 100:
+            color = _color(code, slot)
             style = {"color": "white" if color in _DARK else _INK, "ha": "center"}
-            if KINDS[span["kind"]] == "prefill":  # no hatch behind the number
+            if KINDS[code] == "prefill":  # no hatch behind the number
                 style["bbox"] = {"facecolor": color, "linewidth": 0, "pad": 1.0}
-            axes.text((left + right) / 2, y, span["slot"], va="center_baseline", **style)
+            axes.text((left + right) / 2, y, str(slot), va="center_baseline", **style)
 
 
 def _label(axes: Any, lanes: Sequence[Lane], seconds: float) -> None:
