@@ -89,7 +89,7 @@ def test_a_failed_fsync_is_a_failed_save(tmp_path, monkeypatch):
 
     path = tmp_path / "a"
     files.write_atomic(path, "old")
-    monkeypatch.setattr(files, "_flush", fail)
+    monkeypatch.setattr(files, "flush", fail)
     with pytest.raises(StorageError, match="Input/output error"):
         files.write_atomic(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
