@@ -2,18 +2,21 @@
 
     python jobs/fetch.py mlx-community/SmolLM2-135M-Instruct
 
-Jobs themselves never use the network. Only data is fetched: safetensors, JSON, tokenizer files.
+Jobs themselves never use the network. Only data is fetched: safetensors, JSON, tokenizer files. Its
+checksums are compared with the hub's and kept beside it, so that jobs notice a damaged file.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from hpcmlx.errors import ExitCode
+from hpcmlx.errors import ExitCode, HpcmlxError
 from hpcmlx.models.checkpoint import FETCH_PATTERNS
+from hpcmlx.models.checksums import write_checksums
 
 
 def main() -> int:
@@ -28,6 +31,10 @@ def main() -> int:
         path = snapshot_download(
             args.repo, revision=args.revision, allow_patterns=list(FETCH_PATTERNS)
         )
+        write_checksums(Path(path))
+    except HpcmlxError as error:
+        print(f"fetch: {error}", file=sys.stderr)
+        return int(error.exit_code)
     except (OSError, ValueError) as error:
         print(f"fetch: {args.repo}: {str(error).splitlines()[0]}", file=sys.stderr)
         return int(ExitCode.IO)

@@ -6,6 +6,7 @@ import json
 import runpy
 import struct
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
@@ -135,7 +136,7 @@ MALFORMED = {
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}',
         bytes(1),
         None,
-        "a occurs twice",
+        "'a' occurs twice",
     ),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8), None, "tensor a has"),
     "negative dim": ({"a": entry([-2], 0, 8)}, bytes(8), None, "tensor a has a bad header entry"),
@@ -160,7 +161,7 @@ def test_malformed_safetensors_are_refused_by_name(tmp_path, kind):
 
 def test_a_dtype_that_mlx_lacks_is_named(tmp_path):
     path = write_raw(tmp_path / "m", {"x": entry([1], 0, 8, "F64")}, bytes(8))
-    with pytest.raises(ConfigError, match="tensor x has dtype F64"):
+    with pytest.raises(ConfigError, match="tensor x has dtype 'F64'"):
         open_checkpoint(path)
 
 
@@ -291,20 +292,20 @@ def test_a_fetched_repository_is_found_offline(tmp_path, monkeypatch):
     }
 
 
-def test_fetch_asks_for_data_only(monkeypatch, capsys):
-    from fnmatch import fnmatch
-
+def test_fetch_asks_for_data_only(tmp_path, monkeypatch, capsys):
     seen = {}
+    path = model_dir(tmp_path / "snapshot", {"x": mx.ones((1,))})
 
     def stand_in(name, **kwargs):
         seen.update(kwargs, name=name)
-        return "/cache/snapshot"
+        return str(path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in)
     monkeypatch.setattr(sys, "argv", ["fetch.py", "org/name", "--revision", "v1"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "jobs" / "fetch.py"), run_name="__main__")
-    assert caught.value.code == 0 and capsys.readouterr().out == "/cache/snapshot\n"
+    assert caught.value.code == 0 and capsys.readouterr().out == f"{path}\n"
+    assert (path / "checksums.json").exists()
     assert seen["name"] == "org/name" and seen["revision"] == "v1"
     wanted = [
         "config.json",

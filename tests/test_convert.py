@@ -13,9 +13,10 @@ import pytest
 from mlx import nn
 from mlx_lm.models import llama
 
-from hpcmlx.errors import ConfigError, OutputError, StorageError
+from hpcmlx.errors import ConfigError, IntegrityError, OutputError, StorageError
 from hpcmlx.models import convert as convert_module
 from hpcmlx.models.checkpoint import open_checkpoint
+from hpcmlx.models.checksums import verify, write_checksums
 from hpcmlx.models.convert import convert, wheel_gguf
 
 JOB = Path(__file__).parents[1] / "jobs" / "convert.py"
@@ -122,6 +123,27 @@ def test_nothing_is_left_of_a_failed_conversion(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
 
 
+def test_a_conversion_has_checksums_of_its_own(tmp_path):
+    source, target = source_dir(tmp_path / "s"), tmp_path / "t"
+    write_checksums(source)
+    assert convert(source, target)
+    assert verify(target)
+    names = {p.name for p in target.iterdir()} - {"checksums.json"}
+    assert set(json.loads((target / "checksums.json").read_text())["sha256"]) == names
+
+
+def test_a_damaged_source_is_not_converted(tmp_path):
+    source = source_dir(tmp_path / "s")
+    write_checksums(source)
+    weights = source / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(IntegrityError, match="s/model.safetensors has SHA-256"):
+        convert(source, tmp_path / "t")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
+
+
 def test_the_job_reports_one_line_and_the_code(tmp_path, monkeypatch, capsys):
     def run(*argv: str) -> object:
         monkeypatch.setattr(sys, "argv", ["convert.py", *argv])
@@ -136,6 +158,11 @@ def test_the_job_reports_one_line_and_the_code(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("convert: ")
     assert run("--wheel", "no-such-wheel-here", str(tmp_path / "u")) == 78
     assert run(source, "--wheel", "x", target) == 2
+    assert run("--checksums", "--wheel", "x", target) == 2
+    (Path(target) / "checksums.json").unlink()
+    assert run("--checksums", target) == 0 and "checksums.json written" in capsys.readouterr().out
+    assert verify(Path(target))
+    assert run("--checksums", str(tmp_path / "none")) == 78
 
 
 def test_the_converted_model_loads_and_computes_the_same(smollm2):

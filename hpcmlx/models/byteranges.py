@@ -22,6 +22,8 @@ from hpcmlx.parallel.partition import Interval
 
 Bytes = npt.NDArray[np.uint8]
 
+#: The longest dimension of an MLX array.
+MAX_DIM = (1 << 31) - 1
 # macOS refuses, and Linux shortens, a single read of 2 GiB or more.
 _MAX_READ = 1 << 30
 # Pieces from here on are read by one pread each (2 us a call, no page is mapped). Smaller ones lie

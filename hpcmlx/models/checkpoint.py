@@ -20,8 +20,8 @@ import mlx.core as mx
 from huggingface_hub import snapshot_download
 from mlx_lm import utils as mlx_lm_utils
 
-from hpcmlx.errors import ConfigError, IntegrityError
-from hpcmlx.models.byteranges import ByteFile, TensorInfo, cut_dims, to_mlx
+from hpcmlx.errors import ConfigError, IntegrityError, StorageError
+from hpcmlx.models.byteranges import MAX_DIM, ByteFile, TensorInfo, cut_dims, to_mlx
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.parallel.partition import Cut
 
@@ -181,12 +181,15 @@ def read_header(file: ByteFile) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"{path}: the header claims {length} bytes, the file has {file.size}; {_COPY_AGAIN}"
         )
     try:
-        header = json.loads(file.read(8, length).tobytes(), object_pairs_hook=_no_duplicates)
+        text = file.read(8, length).tobytes().decode()  # json.loads would take UTF-16 too
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: bad safetensors header ({error}); {_COPY_AGAIN}") from error
     if not isinstance(header, dict):
         raise IntegrityError(f"{path}: the safetensors header is not an object; {_COPY_AGAIN}")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise IntegrityError(f"{path}: __metadata__ is not an object; {_COPY_AGAIN}")
     begin = 8 + length
     spans = []
     tensors = {}
@@ -216,15 +219,21 @@ def read_header(file: ByteFile) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _check_entry(
     path: Path, name: str, entry: Any
 ) -> tuple[mx.Dtype, tuple[int, ...], tuple[int, int]]:
+    if not name.isprintable():
+        raise IntegrityError(f"{path}: tensor {name!a} has no proper name; {_COPY_AGAIN}")
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
         whole = False
-    if not whole:
+    if not whole or not isinstance(entry["shape"], list):
         raise IntegrityError(f"{path}: tensor {name} has a bad header entry; {_COPY_AGAIN}")
+    if too_large := [n for n in shape if n > MAX_DIM]:
+        raise ConfigError(
+            f"{path}: tensor {name} has a dimension of {too_large[0]}, MLX's end at {MAX_DIM}"
+        )
     if not isinstance(code, str) or code not in _DTYPES:
-        raise ConfigError(f"{path}: tensor {name} has dtype {code}, which MLX does not have")
+        raise ConfigError(f"{path}: tensor {name} has dtype {code!a}, which MLX does not have")
     dtype = _DTYPES[code]
     if (expected := prod(shape) * dtype.size) != stop - start:
         raise IntegrityError(
@@ -238,7 +247,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} occurs twice")
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!a} occurs twice")
     return result
 
 
@@ -247,12 +256,17 @@ def _read_index(path: Path) -> dict[str, str]:
     if not index.exists():
         return {}
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        text = index.read_text(encoding="utf-8")
+        weight_map = json.loads(text, object_pairs_hook=_no_duplicates)["weight_map"]
         good = all(isinstance(shard, str) for shard in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise StorageError(f"{index}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{index}: no readable weight_map; {_COPY_AGAIN}") from error
     if not good or any(Path(shard).name != shard for shard in weight_map.values()):
         raise IntegrityError(f"{index}: names a file outside {path}; {_COPY_AGAIN}")
+    if odd := [n for entry in weight_map.items() for n in entry if not n.isprintable()]:
+        raise IntegrityError(f"{index}: {odd[0]!a} is no proper name; {_COPY_AGAIN}")
     return weight_map
 
 
@@ -286,12 +300,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is missing: {path} is not a model directory")
     try:
         config = mlx_lm_utils.load_config(path)
+        # mlx-lm passes over a damaged one, and the model over its end-of-sequence tokens.
+        if (generation := path / "generation_config.json").is_file():
+            json.loads(generation.read_text(encoding="utf-8"))
         # NVIDIA's exports keep their quantization in a file of its own.
         extra = path / "hf_quant_config.json"
         if "quantization_config" not in config and extra.is_file():
             config["quantization_config"] = json.loads(extra.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: not a readable model config ({error})") from error
+    except OSError as error:
+        raise StorageError(f"{error.filename}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        what = "not a readable model config, or generation_config.json is not"
+        raise ConfigError(f"{file}: {what} ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{file}: model_type is missing")
     _refuse_code(file, config)

@@ -19,6 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from hpcmlx.errors import ConfigError, OutputError, StorageError
 from hpcmlx.models.byteranges import TensorInfo
 from hpcmlx.models.checkpoint import Checkpoint, open_checkpoint
+from hpcmlx.models.checksums import CHECKSUMS, verify, write_checksums
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.gguf_tokenizer import save_gguf_tokenizer
 
@@ -28,6 +29,7 @@ MAX_SHARD_BYTES = 1 << 30
 _RECORD = "conversion.json"
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "tiktoken.model")
 _NOT_COPIED = {"config.json", "hf_quant_config.json", "model.safetensors.index.json", _RECORD}
+_NOT_COPIED |= {CHECKSUMS}
 _EDGE = 1 << 20
 
 
@@ -38,7 +40,7 @@ def convert(
     dequantize: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> bool:
-    """Write the model at `source` as the MLX directory `target`.
+    """Write the model at `source` as the MLX directory `target`, with its checksums.
 
     Args:
         source: what `open_checkpoint` takes.
@@ -52,6 +54,7 @@ def convert(
         OutputError: `target` exists and is something else, or cannot be created.
         StorageError: writing failed half-way (nothing is left behind).
         ConfigError: the source or its quantization is not supported.
+        IntegrityError: the source is damaged, or is not what its own checksums say.
     """
     checkpoint = open_checkpoint(source)
     record = {"source": fingerprint(checkpoint), "dequantize": dequantize}
@@ -62,6 +65,8 @@ def convert(
             f"{target} exists and is not this conversion of {checkpoint.path}; "
             "remove it or choose another name"
         )
+    # Or a damaged source would become a model with good checksums.
+    verify(checkpoint.path)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -70,6 +75,7 @@ def convert(
     try:
         config = _write_weights(checkpoint, partial, dequantize, max_shard_bytes)
         _write_small_files(checkpoint, config, partial, record)
+        write_checksums(partial)
         _sync(partial)
         partial.rename(target)
         _sync_directory(target.parent)

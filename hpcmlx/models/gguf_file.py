@@ -21,7 +21,8 @@ from gguf.constants import (
     GGUFValueType,
 )
 
-from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.errors import ConfigError, IntegrityError, StorageError
+from hpcmlx.models.byteranges import MAX_DIM
 
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -81,8 +82,13 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     Raises:
         IntegrityError: the file is damaged or shorter than its header says.
         ConfigError: its version, byte order or a storage format is not supported.
+        StorageError: it cannot be read.
     """
-    with path.open("rb") as stream:
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from error
+    with stream:
         size = path.stat().st_size
         if size < 24 or stream.read(4) != b"GGUF":
             raise IntegrityError(f"{path}: not a GGUF file ({size} bytes); copy the file again")
@@ -114,15 +120,19 @@ class _Parser:
         for _ in range(num_keys):
             key = self._string()
             if key in metadata:
-                raise self._damaged(f"the key {key} occurs twice")
+                raise self._damaged(f"the key {key!a} occurs twice")
             metadata[key] = self._value(self._kind())
         table: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
         for _ in range(num_tensors):
             name = self._string()
             (num_dims,) = self._take("I")
             if num_dims > _MAX_DIMS or name in table:
-                raise self._damaged(f"tensor {name} has {num_dims} dims or occurs twice")
+                raise self._damaged(f"tensor {name!a} has {num_dims} dims or occurs twice")
+            if not name.isprintable():
+                raise self._damaged(f"tensor {name!a} has no proper name")
             dims = self._take(f"{num_dims}Q")
+            if max(dims, default=0) > MAX_DIM:
+                raise self._damaged(f"tensor {name} has a dimension of {max(dims)}")
             kind, offset = self._take("IQ")
             try:
                 table[name] = (tuple(reversed(dims)), GGMLQuantizationType(kind), offset)
