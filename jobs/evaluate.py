@@ -1,43 +1,46 @@
-"""Score a text file with a model spread over MPI ranks: log-probabilities and perplexity.
+"""Score a text, multiple-choice questions or lm-eval's tasks with a model spread over MPI ranks.
 
     mpirun -n 2 python jobs/evaluate.py model=smollm2 parallel.pp=2 input=README.md
     python jobs/evaluate.py model=smollm2 parallel.tp=3 launch=mpirun input=README.md
+    mpirun -n 2 python jobs/evaluate.py experiment=choices
+    mpirun -n 2 python jobs/evaluate.py model=smollm2 parallel.pp=2 evaluate.kind=harness \
+        evaluate.tasks=[arc_easy] evaluate.limit=100
 
-Leaves `logprobs.h5` in the run directory: the same text gives the same numbers on every layout.
+Leaves `logprobs.h5`, `choices.jsonl` and `choices.h5`, or `harness.json` in the run directory, and
+`summary.json`: the same numbers on every layout. `--help` lists every setting.
 """
 
 from hpcmlx.config import EvaluateConfig
-from hpcmlx.inference.evaluate import read_text, score_tokens, write_scores
+from hpcmlx.errors import ExitCode
+from hpcmlx.inference.choices import ChoicesEvaluation
+from hpcmlx.inference.evaluate import TextEvaluation
+from hpcmlx.inference.harness import HarnessEvaluation
+from hpcmlx.inference.request import max_context
 from hpcmlx.job import Job, run_job
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import load_model
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.observe.progress import ProgressBar
+from hpcmlx.observe.summary import write_summary
+
+KINDS = {"text": TextEvaluation, "choices": ChoicesEvaluation, "harness": HarnessEvaluation}
 
 
-def main(job: Job) -> None:
+def main(job: Job) -> ExitCode:
     cfg, mesh = job.config, job.mesh
     checkpoint = open_checkpoint(cfg.model.path)
-    tokens = None
-    if job.is_root:
-        tokens = read_text(cfg.input, load_tokenizer(checkpoint), cfg.evaluate.max_tokens)
-    tokens = mesh.world.bcast(tokens)
+    tokenizer = load_tokenizer(checkpoint)
+    # What is wrong with the input is said here, before the model loads.
+    kind = KINDS[cfg.evaluate.kind]
+    evaluation = kind(cfg, mesh, tokenizer, max_context(checkpoint.config))
     loaded = load_model(checkpoint, mesh, **cfg.load_options())
     job.log.info("%s", loaded)
-    window = min(cfg.evaluate.window, len(tokens))
-    stride = min(cfg.evaluate.stride, window)
-    with ProgressBar(len(tokens), "tokens", enabled=job.is_root) as bar:
-        batch_size = cfg.inference.batch_size
-        scores = score_tokens(loaded, mesh, tokens, window, stride, batch_size, bar.advance)
-    if scores is not None:
-        attributes = {"model": cfg.model.path, "layout": str(mesh.dims), "input": cfg.input}
-        write_scores(job.run_dir, scores, attributes | {"window": window, "stride": stride})
-        job.log.info(
-            "%d tokens, perplexity %.4f (%.5f nats a token)",
-            scores.num_predicted,
-            scores.perplexity,
-            scores.nll,
-        )
+    verdict = mesh.world.bcast(evaluation.run(loaded, job.run_dir))
+    totals = {"layout": str(mesh.dims), "kind": cfg.evaluate.kind, **verdict.totals}
+    per_rank = {"place": str(mesh), "weight_bytes": loaded.num_bytes}
+    write_summary(mesh.world, job.run_dir, totals, per_rank)
+    if job.is_root:
+        job.log.info("%s", verdict.line)
+    return verdict.code
 
 
 if __name__ == "__main__":

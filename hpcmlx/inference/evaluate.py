@@ -1,7 +1,8 @@
-"""Log-probabilities of a text under a model in any layout.
+"""Log-probabilities and perplexity of a text under a model in any layout.
 
-This is how perplexity is measured, and how layouts are compared with each other: the same text
-gives the same numbers, up to rounding, however the model is spread.
+This is also how layouts are compared with each other: the same text gives the same numbers, up to
+rounding, however the model is spread. jobs/evaluate.py runs `TextEvaluation`, or one of the other
+kinds, which lie in choices.py and harness.py.
 """
 
 from __future__ import annotations
@@ -12,16 +13,87 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import mlx.core as mx
 import numpy as np
 
-from hpcmlx.errors import InputError
+from hpcmlx.errors import ConfigError, ExitCode, InputError
 from hpcmlx.files import write_hdf5
-from hpcmlx.inference.logprobs import token_logprobs
 from hpcmlx.inference.request import encode
+from hpcmlx.inference.scoring import ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
-from hpcmlx.parallel.link import StageLink
+from hpcmlx.observe.progress import ProgressBar
+from hpcmlx.schema import EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an evaluation ended.
+
+    Attributes:
+        totals: its numbers, for summary.json.
+        line: the same for people.
+        code: ROW_ERRORS where some rows of the input could not be used.
+    """
+
+    totals: dict[str, Any]
+    line: str
+    code: ExitCode = ExitCode.OK
+
+
+class TextEvaluation:
+    """`evaluate.kind=text`: the log-probability of every token of a file.
+
+    Args:
+        context: tokens that the model can see at once, if it says.
+
+    Raises:
+        InputError: the file cannot be used.
+        ConfigError: the windows are longer than the context.
+    """
+
+    def __init__(self, cfg: EvaluateConfig, mesh: Mesh, tokenizer: Any, context: int | None):
+        self.cfg, self.mesh = cfg, mesh
+        tokens = None
+        if mesh.world.rank == 0:
+            tokens = read_text(cfg.input, tokenizer, cfg.evaluate.max_tokens)
+        self.tokens: list[int] = mesh.world.bcast(tokens)
+        self.window = min(cfg.evaluate.window, len(self.tokens))
+        self.stride = min(cfg.evaluate.stride, self.window)
+        if context is not None and self.window > context:
+            raise ConfigError(
+                f"evaluate.window={cfg.evaluate.window} is more than the model's context of "
+                f"{context}; lower it"
+            )
+
+    def run(self, loaded: LoadedModel, run_dir: Path) -> Verdict | None:
+        """Score the text and write `logprobs.h5`; the verdict on world rank 0."""
+        windows = _windows(len(self.tokens), self.window, self.stride)
+        total = sum(stop - first for _, first, stop in windows)
+        with ProgressBar(total, "tokens", enabled=self.mesh.world.rank == 0) as bar:
+            scores = score_tokens(
+                loaded,
+                self.mesh,
+                self.tokens,
+                self.window,
+                self.stride,
+                self.cfg.inference.batch_size,
+                bar.advance,
+            )
+        if scores is None:
+            return None
+        settings = {"window": self.window, "stride": self.stride}
+        source = {"model": self.cfg.model.path, "layout": str(self.mesh.dims)}
+        write_scores(run_dir, scores, source | {"input": self.cfg.input} | settings)
+        totals = {
+            "tokens": scores.num_predicted,
+            "perplexity": scores.perplexity,
+            "nats_per_token": scores.nll,
+        }
+        line = (
+            f"{scores.num_predicted} tokens, perplexity {scores.perplexity:.4f} "
+            f"({scores.nll:.5f} nats a token)"
+        )
+        return Verdict(totals | settings, line)
 
 
 @dataclass(frozen=True)
@@ -39,7 +111,7 @@ class LogProbs:
 
     @property
     def num_predicted(self) -> int:
-        return int(np.isfinite(self.logprobs).sum())
+        return int(np.count_nonzero(~np.isnan(self.logprobs)))
 
     @property
     def nll(self) -> float:
@@ -97,49 +169,37 @@ def score_tokens(
         tokens: the whole text, at least two tokens.
         window: tokens per window; a longer one gives each token more context.
         stride: tokens from one window's start to the next; None is `window` (no overlap).
-        batch_size: full windows per forward pass.
-        on_batch: told how many tokens each forward pass covered.
+        batch_size: windows per forward pass, at most.
+        on_batch: told how many tokens have been scored since it was told before.
 
     Returns:
         On world rank 0 the scores, None elsewhere.
     """
-    link, stage = StageLink(mesh, loaded.stage), loaded.stage
-    stride = stride or window
-    batches = _batches(len(tokens), window, stride, batch_size)
-    mine: list[tuple[list[int], np.ndarray]] = []
-    for batch in batches[mesh.dp :: mesh.dims.dp]:
-        rows = mx.array([tokens[start : start + window] for start in batch], mx.int32)
-        inputs = [] if stage.first else link.receive(*rows.shape)
-        outputs = stage(rows, inputs, None)
-        if stage.last:
-            start = loaded.vocab_interval[0]
-            scores = token_logprobs(outputs[:, :-1], rows[:, 1:], start, mesh.tp_group)
-            mine.append((batch, np.array(scores)))
-        else:
-            mx.eval(outputs)
-            link.send(outputs)
-        on_batch(rows.size)
-    link.flush()
-    everything = mesh.world.gather(mine if mesh.is_last_stage and mesh.tp == 0 else [])
-    if everything is None:
+    windows = _windows(len(tokens), window, stride or window)
+    rows = [ScoreRow(tokens[start:stop], first - start) for start, first, stop in windows]
+    scores = score(
+        loaded,
+        mesh,
+        rows,
+        batch_size=batch_size,
+        on_rows=lambda done: on_batch(sum(len(row.tokens) - row.start for row in done)),
+    )
+    if scores is None:
         return None
     logprobs = np.full(len(tokens), np.nan, np.float32)
-    for batch, values in (part for parts in everything for part in parts):
-        for start, row in zip(batch, values, strict=True):
-            # What the window before has scored, with more context behind it, stays.
-            first = start + window - stride if start else 1
-            first = max(first, start + 1)
-            logprobs[first : start + 1 + len(row)] = row[first - start - 1 :]
+    for (_, first, stop), one in zip(windows, scores, strict=True):
+        logprobs[first:stop] = one.logprobs
     return LogProbs(np.array(tokens, np.int32), logprobs)
 
 
-def _batches(num_tokens: int, window: int, stride: int, batch_size: int) -> list[list[int]]:
-    """Window starts, grouped so that the windows of a group have one length."""
-    starts = [0]
-    while starts[-1] + window < num_tokens:
-        starts.append(starts[-1] + stride)
-    full = [start for start in starts if start + window <= num_tokens]
-    batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
-    # A window of a single token scores nothing.
-    batches += [[start] for start in starts[len(full) :] if num_tokens - start > 1]
-    return batches
+def _windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, first, stop) of each window tokens[start:stop] that scores tokens[first:stop]."""
+    windows = []
+    start = stop = 0
+    while stop < num_tokens:
+        # What the window before has scored, with more context behind it, stays.
+        first, stop = max(stop, start + 1), min(start + window, num_tokens)
+        if first < stop:
+            windows.append((start, first, stop))
+        start += stride
+    return windows
