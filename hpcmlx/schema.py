@@ -200,6 +200,7 @@ class JobConfig:
         return {
             "dtype": self.model.dtype,
             "weights": self.model.weights,
+            "adapter": self.model.adapter,
             "tp_shares": self.parallel.tp_shares,
             "pp_layers": self.parallel.pp_layers,
         }

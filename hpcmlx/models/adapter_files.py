@@ -37,11 +37,11 @@ _ROLES = {
 # What PEFT's configuration may say without changing what a trained adapter computes; any other key
 # has to be off. Initialisations that are not here (PiSSA, LoftQ, ...) change the base as well.
 _PEFT_KNOWN = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 _PEFT_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -136,6 +136,8 @@ def open_adapter(path: str | Path) -> Adapter:
     file = ByteFile(weights)
     tensors, _ = read_header(file)
     file.close()
+    if not tensors:
+        raise ConfigError(f"model.adapter={path}: {weights.name} has no tensors")
     low_rank, whole = (_peft if is_peft else _mlx)(path, config, tensors)
     files = (folder / CONFIG, weights)
     return Adapter(path, files, is_peft, low_rank, whole, tensors, file, file.bytes_read)

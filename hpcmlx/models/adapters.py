@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +16,9 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.models.adapter_files import Adapter, LowRank
-from hpcmlx.models.skeleton import Skeleton, graph_sources
+from hpcmlx.models.adapter_places import find_places
+from hpcmlx.models.skeleton import Skeleton
 from hpcmlx.parallel import layers
 from hpcmlx.parallel.partition import Cut
 from hpcmlx.parallel.tensor import EMBEDDINGS, input_dims
@@ -155,9 +154,10 @@ class AttachedAdapter:
             module = self.modules[path]
             adapted = _weight(module) + _wide(module.lora_up) @ _wide(module.lora_down)
             squares = mx.sum(mx.square(adapted), axis=-1)
-            mx.eval(squares)  # before the ranks wait for each other inside a GPU's command buffer
+            mx.eval(squares)
             if isinstance(module, layers.Rowwise):
                 squares = module.tp_group.all_sum(squares)
+                mx.eval(squares)  # by itself: a GPU's command buffer must not wait for a slow rank
             factor = module.dora_scale / mx.sqrt(squares)
             module.dora_scale = factor.astype(module.lora_up.dtype)
             mx.eval(module.dora_scale)
@@ -175,7 +175,7 @@ class AttachedAdapter:
             parts.append(f"{kind} of rank {rank} on {_count(len(ranks), 'module')}")
         if whole or not parts:
             parts.append(f"{_count(whole, 'tensor')} replaced")
-        return f"adapter {self.adapter.path.name}: {', '.join(parts)}"
+        return f"adapter {self.adapter.path.absolute().name}: {', '.join(parts)}"
 
 
 _OWN = (".lora_down", ".lora_up", ".dora_scale")
@@ -217,146 +217,15 @@ def attach(skeleton: Skeleton, adapter: Adapter) -> AttachedAdapter:
     for name, info in adapter.tensors.items():
         if not mx.issubdtype(info.dtype, mx.floating):
             raise adapter.refuse(f"tensor {name} is not of floating point")
-    find_places = _peft_places if adapter.is_peft else _own_places
-    low_rank, whole = find_places(skeleton, adapter)
+    places = find_places(skeleton, adapter)
     attached = AttachedAdapter(adapter, skeleton.model)
     default = _compute_dtype(skeleton.model)
-    for path, parts in low_rank.items():
+    for path, parts in places.low_rank.items():
         _adapt(attached, path, parts, default)
     parameters = dict(tree_flatten(skeleton.model.parameters()))
-    for path, tensor in whole.items():
+    for path, tensor in places.whole.items():
         _replace(attached, path, tensor, parameters)
     return attached
-
-
-# -- where the adapter's names are in the model --
-
-LowRankPlaces = dict[str, tuple[LowRank, ...]]  # module path -> its factors, one or one per expert
-
-
-def _own_places(skeleton: Skeleton, adapter: Adapter) -> tuple[LowRankPlaces, Mapping[str, str]]:
-    """mlx-lm's adapters name mlx-lm's modules."""
-    return {path: (low,) for path, low in adapter.low_rank.items()}, adapter.whole
-
-
-def _peft_places(skeleton: Skeleton, adapter: Adapter) -> tuple[LowRankPlaces, dict[str, str]]:
-    """PEFT's adapters name Hugging Face's modules. Where the weight of such a module goes is what
-    the model's own `sanitize` does to a stand-in of it: a weight that is only renamed, or stacked
-    with those of the other experts, can be adapted where it went; others are refused."""
-    weights = {f"{name}.weight": low for name, low in adapter.low_rank.items()}
-    stand_ins = {name: mx.zeros(adapter.tensors[t].shape) for name, t in adapter.whole.items()}
-    stand_ins |= {name: mx.zeros(_weight_shape(adapter, low)) for name, low in weights.items()}
-    outputs = _sanitize(skeleton, adapter, stand_ins)
-    renamed = _renamed(adapter, stand_ins, outputs)
-    stacked = _stacked(skeleton, adapter, stand_ins, outputs, renamed)
-    found = renamed.keys() | set(chain.from_iterable(stacked.values()))
-    if missing := sorted(stand_ins.keys() - found):
-        raise _no_place(adapter, missing[0], f"has no place in {skeleton.model_type}")
-    low_rank = {
-        _module_path(adapter, renamed[name], name): (low,)
-        for name, low in weights.items()
-        if name in renamed
-    }
-    for path, names in stacked.items():
-        if replaced := [name for name in names if name in adapter.whole]:
-            raise _no_place(adapter, replaced[0], f"is only a part of {path}")
-        low_rank[_module_path(adapter, path, names[0])] = tuple(weights[name] for name in names)
-    whole = {renamed[name]: tensor for name, tensor in adapter.whole.items()}
-    for name in adapter.whole:
-        _check_tied(skeleton, adapter, name, renamed[name])
-    return low_rank, whole
-
-
-def _weight_shape(adapter: Adapter, low: LowRank) -> tuple[int, int]:
-    """Shape of the weight that a pair of PEFT's factors adapts."""
-    a, b = adapter.tensors[low.a].shape, adapter.tensors[low.b].shape
-    if len(a) != 2 or len(b) != 2:
-        raise adapter.refuse(f"tensor {low.a} is not a matrix, which is not supported")
-    return (a[1], b[0]) if "lora_embedding_" in low.a else (b[0], a[1])
-
-
-def _sanitize(
-    skeleton: Skeleton, adapter: Adapter, stand_ins: Mapping[str, mx.array]
-) -> dict[str, mx.array]:
-    try:
-        return skeleton.sanitized(stand_ins)
-    except IntegrityError as error:
-        raise adapter.refuse(
-            f"its modules cannot be found in {skeleton.model_type} ({error}); an adapter of "
-            "experts has to adapt all of them"
-        ) from error
-
-
-def _renamed(
-    adapter: Adapter, stand_ins: Mapping[str, mx.array], outputs: Mapping[str, mx.array]
-) -> dict[str, str]:
-    """Stand-in -> the path it comes out under, of those that come out untouched."""
-    name_of = {id(array): name for name, array in stand_ins.items()}
-    renamed: dict[str, str] = {}
-    for path, array in outputs.items():
-        if (name := name_of.get(id(array))) is not None:
-            if name in renamed:
-                raise _no_place(adapter, name, f"is both {renamed[name]} and {path} here")
-            renamed[name] = path
-    return renamed
-
-
-def _stacked(
-    skeleton: Skeleton,
-    adapter: Adapter,
-    stand_ins: Mapping[str, mx.array],
-    outputs: Mapping[str, mx.array],
-    renamed: Mapping[str, str],
-) -> dict[str, list[str]]:
-    """Path -> the stand-ins that `sanitize` stacks there, in their order.
-
-    Whether it does that and nothing else is seen on matrices of one row, told apart by their
-    values: any other rearrangement gives something else, or an error.
-    """
-    if renamed.keys() == stand_ins.keys():
-        return {}
-    rest = {path: outputs[path] for path in outputs.keys() - set(renamed.values())}
-    result = {}
-    for path, names in graph_sources(stand_ins, rest).items():
-        if not names:
-            continue
-        shapes = {stand_ins[name].shape for name in names}
-        rows = {name: mx.array([[i, i + len(names)]]) for i, name in enumerate(names)}
-        order: list[str] = []
-        if len(shapes) == 1 and rest[path].shape == (len(names), *shapes.pop()):
-            found = _sanitize(skeleton, adapter, {**stand_ins, **rows})[path]
-            if found.shape == (len(names), 1, 2):
-                order = [names[int(i)] for i in found[:, 0, 0].tolist()]
-        if not order or not mx.array_equal(found, mx.stack([rows[name] for name in order])):
-            raise _no_place(adapter, names[0], f"is only a part of {path}, computed from it")
-        result[path] = order
-    return result
-
-
-def _module_path(adapter: Adapter, path: str, name: str) -> str:
-    if not path.endswith(".weight"):
-        raise _no_place(adapter, name, f"is {path}, which is not the weight of a module")
-    return path.removesuffix(".weight")
-
-
-def _check_tied(skeleton: Skeleton, adapter: Adapter, name: str, path: str) -> None:
-    """PEFT's modules_to_save unties an embedding from the head, which mlx-lm's models cannot."""
-    module = dict(skeleton.model.named_modules()).get(path.removesuffix(".weight"))
-    if not isinstance(module, EMBEDDINGS) or ".base_layer." in adapter.whole[name]:
-        return
-    rows = module.weight.shape[0]
-    heads = [m for m in skeleton.model.modules() if isinstance(m, LINEARS)]
-    if not any(head.weight.shape[0] == rows for head in heads):
-        raise _no_place(adapter, name, "is the output head as well, which PEFT did not replace")
-
-
-def _no_place(adapter: Adapter, name: str, why: str) -> ConfigError:
-    low = adapter.low_rank.get(name.removesuffix(".weight"))
-    tensor = low.a if low and name.endswith(".weight") else adapter.whole[name]
-    return adapter.refuse(f"tensor {tensor} cannot be used: {name} {why}; merge it into the model")
-
-
-# -- what is put there --
 
 
 def _adapt(

@@ -12,13 +12,15 @@ from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import load_model
 from tests import layouts
-from tests.mpi.test_parity import checkpoint, num_layers, text  # noqa: F401
-from tests.test_adapters import save_mlx_adapter
+from tests.mpi.test_parity import checkpoint, num_layers
+from tests.test_adapters import save_mlx_adapter, save_peft_adapter, to_peft
+from tests.test_loader import save_quantized
 from tests.twin import LOGPROB_TOLERANCE, load_twin, twin_logprobs
 
 pytestmark = pytest.mark.mpi
 
 WINDOW = 9
+TEXT = [int(t) for t in np.random.default_rng(0).integers(0, 90, 40)]
 CASES = [
     ("llama", "lora"),
     ("llama", "dora"),
@@ -31,25 +33,36 @@ CASES = [
     ("qwen3_moe", "lora"),
     ("mixtral", "dora"),
     ("gpt_oss", "lora"),
+    ("qwen3_moe", "peft"),
+    ("packed", "lora"),
+    ("packed", "dora"),
 ]
 
 
 @pytest.fixture(scope="session")
-def truth(shared, on_root, text):  # noqa: F811
+def truth(shared, on_root):
     """(model directory, adapter directory, mlx-lm's log-probabilities), made once a session."""
     known = {}
 
+    def compute(model, adapter, name, kind):
+        if name == "packed" and not model.exists():
+            save_quantized(model, "affine4")
+        twin = load_twin(model)
+        if kind == "peft":
+            mlx = save_mlx_adapter(adapter.with_name(f"{adapter.name}-mlx"), twin)
+            save_peft_adapter(adapter, to_peft(mlx, name))
+        else:
+            # mlx-lm's own DoRA takes the norm of a packed embedding's integers.
+            mlx = save_mlx_adapter(adapter, twin, kind, ends=(name, kind) != ("packed", "dora"))
+        return twin_logprobs(load_adapters(load_twin(model), str(mlx)).eval(), TEXT, WINDOW)
+
     def find(name, kind):
-        model = checkpoint(name, shared, on_root)
-        adapter = shared / f"{name}-{kind}"
-
-        def compute():
-            save_mlx_adapter(adapter, load_twin(model), kind)
-            twin = load_adapters(load_twin(model), str(adapter)).eval()
-            return twin_logprobs(twin, text, WINDOW)
-
         if (name, kind) not in known:
-            known[name, kind] = model, adapter, on_root(compute)
+            packed = name == "packed"
+            model = shared / name if packed else checkpoint(name, shared, on_root)
+            adapter = shared / f"{name}-{kind}"
+            expected = on_root(lambda: compute(model, adapter, name, kind))
+            known[name, kind] = model, adapter, expected
         return known[name, kind]
 
     return find
@@ -57,18 +70,19 @@ def truth(shared, on_root, text):  # noqa: F811
 
 @pytest.mark.parametrize("layout", layouts.cases(layouts.TINY, comm.init().size), ids=str)
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_layout(name, kind, layout, world, truth, text):  # noqa: F811
+def test_layout(name, kind, layout, world, truth):
     path, adapter, expected = truth(name, kind)
     mesh = Mesh(layout.dims, world)
     loaded = load_model(
         open_checkpoint(path),
         mesh,
         tp_shares=layout.tp_shares,
-        pp_layers=layout.layers(num_layers(name)),
+        pp_layers=layout.layers(3 if name == "packed" else num_layers(name)),
+        weights="keep",
         adapter=adapter,
     )
     assert loaded.bytes_read <= 1.1 * loaded.num_bytes  # only its part of the adapter as well
-    scores = score_tokens(loaded, mesh, text, WINDOW, batch_size=2)
+    scores = score_tokens(loaded, mesh, TEXT, WINDOW, batch_size=2)
     if world.rank == 0:
         np.testing.assert_allclose(scores.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)
     world.barrier()
