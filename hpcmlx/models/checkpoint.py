@@ -143,8 +143,10 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         source = "pt"
         for file in self._files.values():
-            found, metadata = read_header(file)
-            file.close()
+            try:
+                found, metadata = read_header(file)
+            finally:
+                file.close()
             source = metadata.get("format", source)
             if twice := tensors.keys() & found.keys():
                 name = min(twice)
@@ -280,7 +282,8 @@ def _weight_files(path: Path) -> list[str]:
             if int(total) <= 100_000:
                 shards = (str(i).zfill(len(digits)) for i in range(1, int(total) + 1))
                 named |= {f"{stem}{shard}{of}{total}{suffix}" for shard in shards}
-    missing = sorted(name for name in named if not (path / name).is_file())
+    # A link whose target is gone is in the directory too.
+    missing = sorted(name for name in names | named if not (path / name).is_file())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise IntegrityError(f"{path / missing[0]} is missing{more}; copy or fetch the model again")

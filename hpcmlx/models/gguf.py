@@ -79,6 +79,7 @@ class GGUFCheckpoint:
             )
             self._sources = _sources(arch, self.config, tensors)
         except (ConfigError, IntegrityError) as error:
+            self._file.close()
             raise type(error)(f"{path}: {error}") from error
         if bits := _quantization(self._sources):
             self.config["quantization"] = bits

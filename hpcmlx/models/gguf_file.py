@@ -119,8 +119,8 @@ class _Parser:
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string()
-            if key in metadata:
-                raise self._damaged(f"the key {key!a} occurs twice")
+            if key in metadata or not key.isprintable():
+                raise self._damaged(f"the key {key!a} occurs twice or is no proper name")
             metadata[key] = self._value(self._kind())
         table: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
         for _ in range(num_tensors):
