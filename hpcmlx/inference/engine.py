@@ -473,6 +473,8 @@ class Engine:
         requests = [self._requests[number] for number in numbers]
         begin = time.perf_counter()
         caches, known = self._start_from(numbers[0], len(numbers))
+        if known == len(requests[0].tokens) - 1:  # nothing to feed
+            caches = self._packed(caches)
         rows = [_Row(r, self.tokenizer.detokenizer, begin, known) for r in requests]
         tokens = mx.array([list(request.tokens[known:-1]) for request in requests], mx.int32)
         length = len(requests[0].tokens) - 1
