@@ -20,16 +20,22 @@ LIMIT = 4.0  # seconds to the last rank's end; a watcher looks once a second
 
 # Rank 0 sleeps, rank 1 computes without a pause, rank 2 waits inside MPI.
 IDLE_BUSY_WAITING = """
-import sys, time
+import os, sys, time
 from hpcmlx import comm, orphans
 world = comm.init()
 orphans.watch_parent()
-print("ready", world.rank, file=sys.stderr, flush=True)
+print("ready", world.rank, "below", os.getppid(), file=sys.stderr, flush=True)
 if world.rank == 0:
     time.sleep(600)
 while world.rank == 1:
     sum(range(1000))
 world.barrier()
+"""
+# In place of ssh: another host is this one under another name.
+FAKE_SSH = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do shift; done
+host=$1; shift
+exec unshare --uts sh -c 'hostname "$0"; exec sh -c "$1"' "$host" "$*"
 """
 LEAVES_CLEANLY = """
 from hpcmlx import comm, orphans
@@ -74,6 +80,25 @@ def test_ranks_end_when_mpirun_is_killed():
         job.wait_for(f"ready {rank}")
     assert len(job._survivors(0.0)) >= 4
     job.process.kill()
+    assert_all_gone(job)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or subprocess.run(["unshare", "--uts", "true"]).returncode != 0,
+    reason="NOT TESTED: a second host name needs Linux and root",
+)
+def test_ranks_end_when_the_daemon_of_their_host_is_killed(tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text(FAKE_SSH)
+    ssh.chmod(0o755)
+    line = [*mpirun("-n", "2"), "--host", f"{comm.hostname()}:1,elsewhere:1"]
+    line += ["--prtemca", "plm_ssh_agent", str(ssh), sys.executable, "-c", IDLE_BUSY_WAITING]
+    job = Running(line, ROOT, {})
+    job.wait_for("ready 0")
+    job.wait_for("ready 1")
+    [parent] = [text.split()[-1] for _, text in job.lines if text.startswith("ready 1")]
+    assert int(parent) != job.process.pid
+    os.kill(int(parent), signal.SIGKILL)
     assert_all_gone(job)
 
 
