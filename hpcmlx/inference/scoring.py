@@ -2,7 +2,7 @@
 
 The stages and links are those of generation, without caches. Rows stand padded on the right in
 microbatches: nothing that a causal model computes for a token depends on what comes after it. The
-microbatches are the same in every layout, so a pipeline or replicas do not change a bit of them.
+same microbatches go through every layout, because their size decides how products are rounded.
 """
 
 from __future__ import annotations
