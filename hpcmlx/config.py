@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmlx.errors import ConfigError, UsageError
@@ -65,6 +65,9 @@ __all__ = [
 
 T = TypeVar("T", bound=JobConfig)
 
+#: What a run directory keeps of its configuration.
+SAVED = "config.yaml"
+
 
 @dataclass(frozen=True)
 class CommandLine:
@@ -108,6 +111,9 @@ def compose(
 ) -> T:
     """The configuration of a job from `config_dir` and command-line overrides.
 
+    `resume=RUN_DIR` among them brings that run's saved settings; what other overrides name, and
+    every group that they choose, is theirs.
+
     Args:
         cls: the job's dataclass (`GenerateConfig`).
         config_dir: the conf/ directory.
@@ -126,6 +132,8 @@ def compose(
             composed = hydra_compose(job_name, texts)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"conf: {' '.join(str(error).split())}") from error
+    if resume := composed.get("resume"):
+        _go_on_with(composed, Path(str(resume)) / SAVED, texts)
     raw = OmegaConf.to_container(composed, resolve=False)
     for key in _leaf_keys(raw):
         _refuse_target(key)
@@ -138,6 +146,31 @@ def compose(
         raise ConfigError(f"{error.full_key}: its ${{…}} cannot be resolved{reason}") from None
     unresolved = dict(_interpolated(raw, values, ""))
     return from_dict(cls, {**_without_missing(values), "unresolved": unresolved})
+
+
+def _go_on_with(composed: DictConfig, path: Path, overrides: Sequence[str]) -> None:
+    """Fill in what `path` has saved and no override speaks of."""
+    parser = OverridesParser.create()
+    spoken_of = {parser.parse_override(text).key_or_group for text in overrides}
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"resume: {path} cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    spoken_of |= {"run_dir", "resume", "launch"}
+    for key, value in _settings(saved):
+        if not any(key == name or key.startswith(f"{name}.") for name in spoken_of):
+            OmegaConf.update(composed, key, value, force_add=True)
+
+
+def _settings(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is not a group."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _settings(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
 
 
 def to_yaml(cfg: JobConfig) -> str:

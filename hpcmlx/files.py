@@ -187,7 +187,13 @@ class DurableLog:
         self.size += len(data)
 
     def remove(self) -> None:
-        """Close it and delete it. Raises StorageError."""
+        """Close it and delete it.
+
+        Raises:
+            StorageError: that fails, or an `append` has failed.
+        """
+        if self._failure is not None:
+            raise self._failure
         with _reported(self.path, 0):
             os.close(self._fd)
             self.path.unlink()
@@ -217,26 +223,6 @@ def _replacing(path: Path) -> Iterator[int]:
         temporary.unlink(missing_ok=True)
 
 
-def create_run_dir(
-    path: str | Path | None, job: str, layout: str, root: str | Path = "runs"
-) -> Path:
-    """The directory of this launch: made if need be, private (mode 700), claimed by this process.
-
-    Args:
-        path: the directory to use, new or empty; None for a new one under `root`.
-        job: the job's name, for the name of a new directory.
-        layout: the layout, as in `dp1_pp2_tp2`, likewise.
-        root: where new directories go.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        OutputError: it has something in it already, belongs to another launch, or cannot be made.
-    """
-    return open_run_dir(path, job, layout, root=root).path
-
-
 @dataclass(frozen=True)
 class RunDir:
     """A run directory and this launch's right to it.
@@ -261,26 +247,29 @@ def open_run_dir(
     resume: bool = False,
     root: str | Path = "runs",
 ) -> RunDir:
-    """The run directory of a job that may go on where an earlier launch of it was cut off.
+    """The directory of this launch: made if need be, private (mode 700), claimed by this process.
 
-    A directory with a manifest is entered again, without a claim: `lock_run_dir`, to be called
-    next, keeps other launches out, and `manifest.check` those that want something else.
+    A directory that a launch has claimed is entered again: `lock_run_dir`, to be called next, keeps
+    other launches out, and `manifest.check` those that want something else.
 
     Args:
-        path, job, layout, root: as `create_run_dir`.
-        resumable: whether this job goes on with what it finds.
+        path: the directory to use, new or empty; None for a new one under `root`.
+        job: the job's name, for the name of a new directory.
+        layout: the layout, as in `dp1_pp2_tp2`, likewise.
+        resumable: whether this job goes on with what an earlier launch of it has left.
         resume: go on, or else refuse.
+        root: where new directories go.
 
     Raises:
-        OutputError: as `create_run_dir`.
+        OutputError: it has something else in it, belongs to another launch, or cannot be made.
         ConfigError: `resume`, and there is no run to go on with.
     """
-    begun = path is not None and resumable and (Path(path) / MANIFEST).is_file()
-    if begun:
+    begun = path is not None and resumable and (Path(path) / CLAIM).is_file()
+    if begun and not _is_fresh(Path(str(path))):
         token = os.environ.get(CLAIM_ENV) or secrets.token_hex(16)
         return RunDir(make_run_dir(str(path)), token, True)
     if resume:
-        raise ConfigError(f"resume={path}: no {MANIFEST} there, so no run to go on with")
+        raise ConfigError(f"resume={path}: no {CLAIM} there, so no run to go on with")
     run_dir = reserve_run_dir(job, layout, root) if path is None else make_run_dir(path)
     return RunDir(run_dir, claim(run_dir), False)
 
@@ -336,19 +325,27 @@ def claim(run_dir: str | Path) -> str:
     owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     hint = "give another run_dir, or none for a new one"
     try:
-        entries = os.listdir(run_dir)
-        if given and entries == [CLAIM] and _token(run_dir) == given:
+        if given and _is_fresh(run_dir):
             return given
-        if entries:
+        if os.listdir(run_dir):
             raise OutputError(f"run directory {run_dir} is not empty; {hint}")
         fd = os.open(run_dir / CLAIM, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "w") as file:
             json.dump(owner, file)
-    except (FileExistsError, ValueError, KeyError) as error:
+    except FileExistsError as error:
         raise OutputError(f"run directory {run_dir} belongs to another launch; {hint}") from error
     except OSError as error:
         raise _failure(error, run_dir, 0, creating=True) from error
     return token
+
+
+def _is_fresh(run_dir: Path) -> bool:
+    """Whether our launcher has claimed the directory and nobody has begun anything in it."""
+    given = os.environ.get(CLAIM_ENV)
+    try:
+        return os.listdir(run_dir) == [CLAIM] and _token(run_dir) == given
+    except (ValueError, KeyError, TypeError):  # somebody else is writing the claim
+        return False
 
 
 def _token(run_dir: Path) -> str:

@@ -25,10 +25,10 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 import hpcmlx
-from hpcmlx import comm, config, log
+from hpcmlx import comm, config, log, orphans
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
-from hpcmlx.files import create_run_dir, write_atomic
+from hpcmlx.files import lock_run_dir, make_run_dir, open_run_dir, write_atomic
 from hpcmlx.launch import mpirun
 from hpcmlx.mesh import Mesh, ParallelDims
 
@@ -90,6 +90,7 @@ def run_job(
         code = None if comm.launched_by_mpi() else _without_mpi(name, schema, command)
         if code is None:
             world = comm.init()
+            orphans.watch_parent()
             code = _run(name, schema, main, overrides, world)
     except BaseException as error:  # noqa: BLE001  whatever ends one rank must end them all
         _fail(error, world)
@@ -123,10 +124,11 @@ def _run(
         raise ConfigError(hpcmlx.BLAS.problem)
     # Before the configuration: another version may not be able to read this one's.
     check_peers(world.allgather(_this_peer()))
-    settings, run_dir = _settings(name, schema, overrides, world)
+    settings, run_dir, launch = _settings(name, schema, overrides, world)
     check_peers(world.allgather(_this_peer(settings)))
     parallel = settings.parallel
     mesh = Mesh(ParallelDims(parallel.dp, parallel.pp, parallel.tp), world)
+    make_run_dir(run_dir)  # a host that shares no files with rank 0's has one of its own
     logger = log.setup(world.rank, comm.hostname(), run_dir)
     # Batch systems announce the end of the time with it; by default it would end the rank.
     signal.signal(signal.SIGUSR1, lambda *_: logger.warning("SIGUSR1: nothing to save, going on"))
@@ -140,6 +142,7 @@ def _run(
     if world.rank == 0:
         record = {
             "job": name,
+            "launch": launch,
             "layout": str(mesh.dims),
             "exit_code": int(code),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -153,18 +156,29 @@ def _run(
 
 def _settings(
     name: str, schema: type, overrides: Sequence[str], world: Communicator
-) -> tuple[Any, Path]:
-    """The configuration and the run directory: rank 0 decides, the others are told."""
+) -> tuple[Any, Path, str]:
+    """The configuration, the run directory and this launch's token: rank 0 decides, the others are
+    told."""
     message: dict[str, Any] = {}
     if world.rank == 0:
         settings = config.compose(schema, CONF, name, list(overrides))
         dims = ParallelDims(settings.parallel.dp, settings.parallel.pp, settings.parallel.tp)
         dims.check_world(world.size)
-        run_dir = create_run_dir(settings.run_dir, name, str(dims))
-        write_atomic(run_dir / "config.yaml", config.to_yaml(settings).encode())
-        message = {"config": config.to_dict(settings), "run_dir": str(run_dir)}
+        run_dir = open_run_dir(
+            settings.directory,
+            name,
+            str(dims),
+            resumable=settings.RESUMABLE,
+            resume=getattr(settings, "resume", None) is not None,
+        )
+        lock_run_dir(run_dir.path)
+        if not run_dir.resumed:
+            write_atomic(run_dir.path / config.SAVED, config.to_yaml(settings).encode())
+        values = config.to_dict(settings)
+        message = {"config": values, "run_dir": str(run_dir.path), "launch": run_dir.token}
     message = world.bcast(message)
-    return config.from_dict(schema, message["config"]), Path(message["run_dir"])
+    settings = config.from_dict(schema, message["config"])
+    return settings, Path(message["run_dir"]), message["launch"]
 
 
 def _versions() -> dict[str, str]:

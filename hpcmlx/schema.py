@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from hpcmlx.errors import ConfigError
 
@@ -192,8 +192,15 @@ class JobConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     run_dir: str | None = _key("directory of the results; null: a new one under runs/", None)
+    #: Whether a job goes on with what an earlier launch has left in its run directory.
+    RESUMABLE: ClassVar[bool] = False
     #: Key -> text, for the values that were written as interpolations. Not a key of the user's.
     unresolved: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> str | None:
+        """The run directory that was asked for, to begin in or to go on with."""
+        return getattr(self, "resume", None) or self.run_dir
 
     def load_options(self) -> dict[str, Any]:
         """The keyword arguments of `load_model`."""
@@ -212,8 +219,11 @@ class GenerateConfig(JobConfig):
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    resume: str | None = _key("run directory of a job to go on with; null: run_dir's own", None)
+    resume: str | None = _key(
+        "run directory to go on with, with its settings where none are given", None
+    )
     timeline: bool = _key("draw pipeline.png: what each stage did when", False)
+    RESUMABLE: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True)
@@ -407,6 +417,8 @@ def _check_together(cfg: JobConfig) -> None:
     if isinstance(cfg, GenerateConfig) and "" in cfg.sampling.stop:
         raise ConfigError("sampling.stop has an empty string, which would end every row at once")
     resume = getattr(cfg, "resume", None)
+    if resume is not None and cfg.run_dir is not None:
+        raise ConfigError("resume and run_dir both name the run directory: give one of them")
     paths = (cfg.model.path, cfg.model.adapter, cfg.input, cfg.run_dir, launch.hostfile, resume)
     for key, path in zip(PATH_KEYS, paths, strict=True):
         if path is not None and (not path.strip() or not path.isprintable()):

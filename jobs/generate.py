@@ -5,55 +5,47 @@
     mpirun -n 4 python jobs/generate.py model=smollm2 parallel.tp=2 parallel.pp=2
     python jobs/generate.py model=smollm2                           # one process, no MPI
     python jobs/generate.py model=smollm2 parallel.tp=2 launch=mpirun
+    python jobs/generate.py resume=runs/20261123-231417-generate-dp1_pp1_tp2
 
-Leaves `results.jsonl` and `results.h5` in the run directory. `--help` lists every setting.
+Every row is on the disk when it is done; the same command in the same `run_dir`, or `resume`, goes
+on with what is missing. Leaves `results.jsonl`, `results.h5` and, for rows that could not be
+answered, `errors.jsonl` in the run directory. `--help` lists every setting.
 """
 
-import time
+from pathlib import Path
 
 from hpcmlx.config import GenerateConfig
-from hpcmlx.inference.engine import Engine
-from hpcmlx.inference.request import max_context, read_requests
-from hpcmlx.inference.results import describe, gather_rows, summarize, write_results
-from hpcmlx.inference.rows import RowResult
-from hpcmlx.inference.sampling import SamplingParams
+from hpcmlx.errors import ExitCode
+from hpcmlx.inference.generate import answer, build_engine, find_work, put_together
 from hpcmlx.job import Job, run_job
 from hpcmlx.models.checkpoint import open_checkpoint
+from hpcmlx.models.checksums import verify_together
 from hpcmlx.models.loader import load_model
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.observe.progress import ProgressBar
+from hpcmlx.observe.timeline import OFF, Timeline, require_matplotlib
 
 
-def main(job: Job) -> None:
+def main(job: Job) -> ExitCode:
     cfg, mesh = job.config, job.mesh
+    if cfg.timeline:
+        require_matplotlib()
     checkpoint = open_checkpoint(cfg.model.path)
+    if cfg.model.verify:
+        for path in filter(None, (checkpoint.path, cfg.model.adapter)):
+            verify_together(Path(path), mesh.world)
     tokenizer = load_tokenizer(checkpoint)
-    requests = None
-    if job.is_root:
-        defaults = SamplingParams(**vars(cfg.sampling) | {"stop": tuple(cfg.sampling.stop)})
-        context = max_context(checkpoint.config)
-        requests = read_requests(cfg.input, tokenizer, defaults, context)
-    mine = mesh.world.bcast(requests)[mesh.dp :: mesh.dims.dp]
+    work = find_work(cfg, mesh, job.run_dir, checkpoint, tokenizer)
+    if work.complete is not None:
+        job.log.info("all %d answers are there already", work.num_done)
+        return work.complete
+    if work.num_done:
+        job.log.info("%d answers are there, %d to go", work.num_done, len(work.requests))
     loaded = load_model(checkpoint, mesh, **cfg.load_options())
     job.log.info("%s", loaded)
-    engine = Engine(loaded, mesh, tokenizer, **vars(cfg.inference))
-    rows: list[RowResult] = []
-    with ProgressBar(len(mine), "rows", enabled=job.is_root) as bar:
-
-        def on_row(row: RowResult) -> None:
-            rows.append(row)
-            bar.show(row.id, row.text)
-
-        begin = time.perf_counter()
-        stats = engine.run(mine, on_row)
-        mesh.world.barrier()
-        seconds = time.perf_counter() - begin
-    everything = gather_rows(mesh, rows)
-    if job.is_root:
-        attributes = {"model": cfg.model.path, "layout": str(mesh.dims)}
-        write_results(job.run_dir, everything, attributes)
-    if totals := summarize(mesh, job.run_dir, loaded, stats, seconds):
-        job.log.info("%s", describe(totals))
+    timeline = Timeline() if cfg.timeline else OFF
+    engine = build_engine(cfg, mesh, loaded, tokenizer, timeline)
+    stats, seconds = answer(work, engine, mesh, job.run_dir, timeline)
+    return put_together(cfg, work, mesh, job.run_dir, tokenizer, loaded, stats, seconds)
 
 
 if __name__ == "__main__":

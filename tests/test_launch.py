@@ -150,13 +150,16 @@ def test_mpirun_beside_the_interpreter_comes_first(tmp_path, monkeypatch):
 
 
 def test_only_the_record_means_success(tmp_path, capsys):
-    assert mpirun.verdict(tmp_path, 137) == 137
-    assert mpirun.verdict(tmp_path, 0) == ExitCode.LOST_PEER
+    assert mpirun.verdict(tmp_path, "now", 137) == 137
+    assert mpirun.verdict(tmp_path, "now", 0) == ExitCode.LOST_PEER
     assert "no " in capsys.readouterr().err
-    (tmp_path / "completed.json").write_text('{"exit_code": 64}')
-    assert mpirun.verdict(tmp_path, 1) == ExitCode.ROW_ERRORS
+    (tmp_path / "completed.json").write_text('{"launch": "now", "exit_code": 64}')
+    assert mpirun.verdict(tmp_path, "now", 1) == ExitCode.ROW_ERRORS
+    # That of an earlier launch says nothing about this one.
+    assert mpirun.verdict(tmp_path, "later", 78) == 78
+    assert mpirun.verdict(tmp_path, "later", 0) == ExitCode.LOST_PEER
     (tmp_path / "completed.json").write_text("{")
-    assert mpirun.verdict(tmp_path, 0) == ExitCode.INTEGRITY
+    assert mpirun.verdict(tmp_path, "now", 0) == ExitCode.INTEGRITY
 
 
 # A job without MPI: rank 0 completes, unless told otherwise.
@@ -165,11 +168,12 @@ import json, os, sys, time, pathlib
 from hpcmlx import config, files
 cfg = config.compose(config.GenerateConfig, {conf!r}, "generate", sys.argv[1:])
 if os.environ["OMPI_COMM_WORLD_RANK"] == "0":
-    run_dir = files.create_run_dir(cfg.run_dir, "x", "y")
+    run_dir = files.open_run_dir(cfg.run_dir, "x", "y", resumable=True)
     size = int(os.environ["OMPI_COMM_WORLD_SIZE"])
     record = {{"exit_code": 0, "size": size, "kind": cfg.launch.kind, "blas": os.environ["MLX_X"]}}
+    record["launch"] = run_dir.token
     {action}
-    files.write_atomic(run_dir / "completed.json", json.dumps(record))
+    files.write_atomic(run_dir.path / "completed.json", json.dumps(record))
 """
 
 
@@ -192,7 +196,8 @@ def test_a_job_that_completes(tmp_path, monkeypatch):
     assert relaunch(job_script(tmp_path), "parallel.tp=3", f"launch.hostfile={hosts}") == 0
     (record,) = tmp_path.glob("runs/*-job-dp1_pp1_tp3/completed.json")
     expected = {"exit_code": 0, "size": 3, "kind": "none", "blas": "passed on"}
-    assert json.loads(record.read_text()) == expected
+    found = json.loads(record.read_text())
+    assert len(found.pop("launch")) == 32 and found == expected
 
 
 def test_a_job_that_ends_early_is_no_success(tmp_path, monkeypatch):

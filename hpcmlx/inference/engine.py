@@ -29,6 +29,7 @@ from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.sampling import Sampler, SamplingParams
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
+from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.parallel.dealer import Dealer
 from hpcmlx.parallel.link import StageLink
 
@@ -165,7 +166,7 @@ class Engine:
         kv_memory: int = 1 << 62,
         kv_bits: int | None = None,
         prefix_cache: bool = True,
-        timeline: Any = None,
+        timeline: Timeline = OFF,
     ):
         """
         Args:
@@ -177,7 +178,7 @@ class Engine:
             kv_memory: bytes that KV caches may take on this rank.
             kv_bits: 8 to keep KV caches in 8 bits.
             prefix_cache: compute what prompts begin with in common once.
-            timeline: gets `record(kind, slot, begin, end, tokens)` of everything a stage does.
+            timeline: is told what this stage does when.
 
         Raises:
             ConfigError: the caches of this model cannot be quantized.
@@ -198,6 +199,7 @@ class Engine:
         self.budget = Budget(mesh.replica, cost, kv_memory)
         self.stats = Stats()
         self._not_host = 0.0  # seconds in which the host builds, runs or waits for the model
+        self._device_free = 0.0
 
     def _batch_size(self, wanted: int) -> int:
         if wanted == 1:
@@ -297,7 +299,7 @@ class Engine:
             )
 
     def _visit(self, slot: _Slot) -> None:
-        begin, not_host = time.perf_counter(), self._not_host
+        begin, not_host, self._visited = time.perf_counter(), self._not_host, slot
         step, slot.step = slot.step, None
         if step is not None:
             if slot.feed is not None and not self._all_end_by_length(slot):
@@ -343,7 +345,7 @@ class Engine:
         end = time.perf_counter()
         self._not_host += end - begin
         self.stats.decode_seconds += end - begin
-        if self.mesh.dims.pp > 1:
+        if not self.lookahead:
             self._record("decode", slot, begin + self.link.last_wait, end, len(slot.live))
         return _Step(rows, tokens, report, begin)
 
@@ -356,6 +358,9 @@ class Engine:
         now = time.perf_counter()
         self._not_host += now - begin
         self.stats.decode_seconds += now - begin
+        if self.lookahead:  # the device has worked on it from its start on, behind the host
+            begin, self._device_free = max(step.begin, self._device_free), now
+            self._record("decode", self._visited, begin, now, len(step.rows))
         for row, token, logprob in zip(step.rows, tokens, logprobs, strict=True):
             if row is None or row.ended:
                 continue
@@ -502,14 +507,14 @@ class Engine:
             count, length = prefill.tokens.shape
             if length:
                 piece = min(length, max(1, budget // count))
-                prefill.caches = self._feed(slot, prefill.tokens[:, :piece], prefill.caches)
+                prefill.caches = self._feed(prefill.tokens[:, :piece], prefill.caches)
                 prefill.tokens = prefill.tokens[:, piece:]
                 budget -= piece * count
             if prefill.tokens.shape[1] == 0:
                 through.append(slot.joining.popleft())
         return through
 
-    def _feed(self, slot: _Slot | None, tokens: mx.array, caches: list[Any]) -> list[Any]:
+    def _feed(self, tokens: mx.array, caches: list[Any]) -> list[Any]:
         """Put tokens [rows, length] into caches."""
         begin = time.perf_counter()
         self.link.forward(tokens, caches)
@@ -519,14 +524,14 @@ class Engine:
         end = time.perf_counter()
         self._not_host += end - begin
         self.stats.prefill_seconds += end - begin
-        self._record("prefill", slot, begin + self.link.last_wait, end, tokens.size)
+        self._record("prefill", self._visited, begin + self.link.last_wait, end, tokens.size)
         return caches
 
     def _compute_prefix(self, tokens: Sequence[int], parent: list[Any] | None) -> list[Any]:
         caches = self.stage.make_cache() if parent is None else fork_caches(parent)
         for start in range(0, len(tokens), self.prefill_chunk):
             piece = list(tokens[start : start + self.prefill_chunk])
-            caches = self._feed(None, mx.array([piece], mx.int32), caches)
+            caches = self._feed(mx.array([piece], mx.int32), caches)
         return caches
 
     def _packed(self, caches: list[Any]) -> list[Any]:
@@ -564,6 +569,5 @@ class Engine:
         slot.caches.keep(places)
         slot.rows = [slot.rows[place] for place in places]
 
-    def _record(self, kind: str, slot: _Slot | None, begin: float, end: float, tokens: int) -> None:
-        if self.timeline is not None:
-            self.timeline.record(kind, -1 if slot is None else slot.number, begin, end, tokens)
+    def _record(self, kind: str, slot: _Slot, begin: float, end: float, tokens: int) -> None:
+        self.timeline.record(kind, slot.number, begin, end, tokens)

@@ -19,9 +19,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from hpcmlx import orphans
 from hpcmlx.config import JobConfig, quote
 from hpcmlx.errors import ConfigError, ExitCode, UsageError
-from hpcmlx.files import CLAIM_ENV, claim, make_run_dir, reserve_run_dir
+from hpcmlx.files import CLAIM_ENV, open_run_dir
 from hpcmlx.launch.hostfile import Host, parse_hostfile, total_slots
 
 #: Written by rank 0 after the last barrier: the only sign of success. mpirun's own exit code is
@@ -91,11 +92,15 @@ def build_argv(
     return [*argv, python, script, *overrides]
 
 
-def child_overrides(overrides: Sequence[str], run_dir: Path) -> list[str]:
-    """What the ranks get: the same job, in this run directory, and no mpirun of its own."""
-    replaced = ("launch", "launch.kind", "run_dir")
+def child_overrides(overrides: Sequence[str], run_dir: Path, key: str = "run_dir") -> list[str]:
+    """What the ranks get: the same job, in this run directory, and no mpirun of its own.
+
+    Args:
+        key: "resume" where the run directory is one to go on with.
+    """
+    replaced = ("launch", "launch.kind", "run_dir", "resume")
     kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
-    return [*kept, "launch.kind=none", quote("run_dir", str(run_dir))]
+    return [*kept, "launch.kind=none", quote(key, str(run_dir))]
 
 
 def ranks_here(num_ranks: int, hosts: Sequence[Host], here: Collection[str], cores: int) -> int:
@@ -163,12 +168,18 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def verdict(run_dir: Path, code: int) -> int:
-    """The job's exit code: what the completion record says; without one it failed, with mpirun's
-    code or, where that is 0, as a lost peer."""
+def verdict(run_dir: Path, launch: str, code: int) -> int:
+    """The job's exit code: what the completion record of this launch says; without one it failed,
+    with mpirun's code or, where that is 0, as a lost peer.
+
+    Args:
+        launch: the token that the run directory was claimed with; an earlier launch's record, of a
+            run that was gone on with, says nothing about this one.
+    """
     try:
         record = json.loads((run_dir / COMPLETED).read_text())
-        return int(record["exit_code"])
+        if record["launch"] == launch:
+            return int(record["exit_code"])
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -217,26 +228,33 @@ def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
         raise ConfigError(f"launch=mpirun starts a script again, and {script!a} is not a file")
 
     mpirun = find_mpirun()
-    job = Path(script).stem
-    path = settings.run_dir
-    run_dir = reserve_run_dir(job, layout) if path is None else make_run_dir(path)
+    job, resume = Path(script).stem, getattr(settings, "resume", None)
+    run_dir = open_run_dir(
+        settings.directory,
+        job,
+        layout,
+        resumable=settings.RESUMABLE,
+        resume=resume is not None,
+    )
     env = mpirun_environment(os.environ, over_ssh=any(h.name not in here for h in hosts))
-    env[CLAIM_ENV] = claim(run_dir)
+    env[CLAIM_ENV] = run_dir.token
     if not sys.stdout.isatty():
         env["TERM"] = "dumb"  # mpirun gives rank 0 a terminal whatever its own output is
-    argv = build_argv(
-        mpirun,
-        sys.executable,
-        str(Path(script).resolve()),
-        child_overrides(overrides, run_dir),
-        num_ranks,
-        hostfile=hostfile,
-        oversubscribe=oversubscribe,
-        as_root=os.geteuid() == 0,
-        export=sorted(name for name in env if _EXPORTED.fullmatch(name)),
-    )
-    print(f"hpcmlx: {shlex.join(argv)}", file=sys.stderr, flush=True)
-    return verdict(run_dir, run(argv, env))
+    key = "run_dir" if resume is None else "resume"
+    with orphans.lifeline() as env[orphans.LIFELINE_ENV]:
+        argv = build_argv(
+            mpirun,
+            sys.executable,
+            str(Path(script).resolve()),
+            child_overrides(overrides, run_dir.path, key),
+            num_ranks,
+            hostfile=hostfile,
+            oversubscribe=oversubscribe,
+            as_root=os.geteuid() == 0,
+            export=sorted(name for name in env if _EXPORTED.fullmatch(name)),
+        )
+        print(f"hpcmlx: {shlex.join(argv)}", file=sys.stderr, flush=True)
+        return verdict(run_dir.path, run_dir.token, run(argv, env))
 
 
 def _names_of_this_host() -> set[str]:

@@ -93,11 +93,7 @@ def load_model(
         ConfigError: the architecture, the layout or the adapter is refused; nothing has been read.
         IntegrityError: files are missing, truncated or do not belong together.
     """
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    if weights == "auto":
-        weights = "dequantize" if on_cpu else "keep"
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "checkpoint"
+    dtype, weights = resolve_formats(dtype, weights)
     skeleton = build_skeleton(
         checkpoint.config, checkpoint.tensors, DTYPES.get(dtype), _weight_format(weights)
     )
@@ -145,6 +141,16 @@ def load_model(
         ranges,
         lora.describe(wanted) if lora else "",
     )
+
+
+def resolve_formats(dtype: str, weights: str) -> tuple[str, str]:
+    """What "auto" is on this host; "checkpoint" for the checkpoint's own dtype."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if weights == "auto":
+        weights = "dequantize" if on_cpu else "keep"
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "checkpoint"
+    return dtype, weights
 
 
 def _weight_format(weights: str) -> WeightFormat:

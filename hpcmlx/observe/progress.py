@@ -93,24 +93,21 @@ class ProgressBar:
     def set(
         self, done: int, tokens_per_sec: float | None = None, num_errors: int | None = None
     ) -> None:
-        """Say how many units are done by now, those of other replicas included.
+        """Say how many units are done by now, those of other replicas included; never fewer than
+        were counted here.
 
         Args:
             tokens_per_sec: shown in place of units a second.
             num_errors: units that have turned out impossible; None: no change.
         """
-        self.done, self._tokens_per_sec = done, tokens_per_sec
+        self.done, self._tokens_per_sec = max(self.done, done), tokens_per_sec
         if num_errors is not None:
             self.num_errors = num_errors
         self._refresh()
 
-    def show(self, title: str, body: str, count: int = 1) -> None:
-        """Count a unit and, where there are few, print a titled text, its markup not interpreted.
-
-        Args:
-            count: 0 where the units are counted by `set`.
-        """
-        self.advance(count)
+    def show(self, title: str, body: str) -> None:
+        """Count a unit and, where there are few, print a titled text, its markup not interpreted."""
+        self.advance()
         if self._answers:
             heading = Text(f"{title}  ({self.done}/{self.total})", style="bold cyan")
             self._console.print(heading, Text(body), "", sep="\n")

@@ -130,6 +130,14 @@ class _Off(Timeline):
     def span(self, kind: str, slot: int, num_tokens: int = 0) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def align(self, world: Communicator) -> None:
+        pass
+
+    def save(
+        self, world: Communicator, place: tuple[int, int, int], run_dir: Path, layout: str
+    ) -> None:
+        pass
+
 
 #: Takes spans and forgets them, at no cost: for runs that want no picture.
 OFF: Timeline = _Off()

@@ -1,0 +1,311 @@
+"""One launch of a generate job: what is still missing is answered and stored, then all rows are put
+together. `jobs/generate.py` calls the three steps in turn.
+
+A launch that was cut off is gone on with by the next one in the same run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcmlx.comm import Mailbox
+from hpcmlx.errors import ExitCode
+from hpcmlx.files import MANIFEST, check_room
+from hpcmlx.inference import results, store
+from hpcmlx.inference.engine import Engine, Stats
+from hpcmlx.inference.inputs import Batch, read_batch
+from hpcmlx.inference.manifest import Manifest, check
+from hpcmlx.inference.request import max_context
+from hpcmlx.inference.rows import Request, RowError, RowResult
+from hpcmlx.inference.sampling import SamplingParams
+from hpcmlx.inference.store import RowStore
+from hpcmlx.launch.mpirun import COMPLETED
+from hpcmlx.mesh import Mesh
+from hpcmlx.models.checkpoint import Checkpoint
+from hpcmlx.models.gguf import GGUFCheckpoint
+from hpcmlx.models.loader import LoadedModel, resolve_formats
+from hpcmlx.observe.memory import default_kv_budget, format_bytes, parse_bytes
+from hpcmlx.observe.progress import ProgressBar
+from hpcmlx.observe.status import RankReport, State, StatusWriter
+from hpcmlx.observe.timeline import OFF, Timeline
+from hpcmlx.schema import GenerateConfig
+
+_log = logging.getLogger(__name__)
+
+_REQUESTS_AT_ONCE = 1024  # of a broadcast, so that no message is unbounded
+_REPORT_SECONDS = 1.0
+# Disk that a row takes: log, part, results.jsonl and results.h5, per token and apart from them.
+_BYTES_PER_TOKEN, _BYTES_PER_ROW = 8, 1024
+
+
+@dataclass
+class Work:
+    """What a launch has to do.
+
+    Attributes:
+        requests: those without an answer yet, on every rank.
+        num_done: answers of earlier launches.
+        batch: the whole input, on rank 0.
+        errors: on rank 0, rows that were refused after reading.
+        complete: the exit code of an earlier launch that has finished everything.
+    """
+
+    requests: list[Request]
+    num_done: int
+    batch: Batch | None = None
+    errors: list[RowError] = field(default_factory=list)
+    complete: ExitCode | None = None
+
+
+def find_work(
+    cfg: GenerateConfig,
+    mesh: Mesh,
+    run_dir: Path,
+    checkpoint: Checkpoint | GGUFCheckpoint,
+    tokenizer: Any,
+) -> Work:
+    """Read the input, check that this run is what the directory was begun for, and find what it
+    lacks. Collective; rank 0 reads.
+
+    Raises:
+        InputError: the input cannot be used as a whole.
+        ConfigError: the run was begun with another input, model or sampling.
+        OutputError: there is too little room for the results.
+        IntegrityError: stored rows are damaged.
+    """
+    world, batch, requests = mesh.world, None, []
+    if world.rank == 0:
+        batch = _read(cfg, checkpoint, tokenizer)
+        _enter(cfg, run_dir, checkpoint, batch)
+    keys = store.committed_keys(world, run_dir / store.ROWS)
+    if batch is not None and keys is not None:
+        requests = [r for r in batch.requests if (r.index, r.sample) not in keys]
+    complete = None
+    if world.rank == 0 and (record := run_dir / COMPLETED).exists():
+        if requests:  # what it says is not true any more
+            record.unlink()
+        else:
+            complete = ExitCode(json.loads(record.read_text())["exit_code"])
+    num_done, complete, total = world.bcast((len(keys or ()), complete, len(requests)))
+    mine: list[Request] = []
+    for start in range(0, total, _REQUESTS_AT_ONCE):
+        mine += world.bcast(requests[start : start + _REQUESTS_AT_ONCE])
+    return Work(mine, num_done, batch, complete=complete)
+
+
+def build_engine(
+    cfg: GenerateConfig, mesh: Mesh, loaded: LoadedModel, tokenizer: Any, timeline: Timeline = OFF
+) -> Engine:
+    """The engine with its KV memory: as configured, else most of what the host has free.
+
+    Raises:
+        ConfigError: the KV memory cannot be read as a size, or KV caches cannot be packed.
+    """
+    options = vars(cfg.inference) | {"timeline": timeline}
+    here = mesh.world.split_by_host().size
+    mesh.world.barrier()  # everybody has loaded: what is free now stays free
+    text = cfg.inference.kv_memory
+    limit = default_kv_budget(here) if text is None else parse_bytes(text, "inference.kv_memory")
+    _log.info("KV caches: up to %s on this rank", format_bytes(limit))
+    return Engine(loaded, mesh, tokenizer, **options | {"kv_memory": limit})
+
+
+def answer(
+    work: Work, engine: Engine, mesh: Mesh, run_dir: Path, timeline: Timeline = OFF
+) -> tuple[Stats, float]:
+    """Answer what is missing; every row is on the disk before it is counted. Collective.
+
+    Returns:
+        This rank's statistics and the seconds from the first prefill to the last token.
+    """
+    _refuse_too_large(work, engine, mesh)
+    recorder = Recorder(work, engine, mesh, run_dir)
+    timeline.align(mesh.world)
+    with recorder:
+        begin = time.perf_counter()
+        stats = engine.run(work.requests, recorder.on_row, recorder.on_visit)
+        mesh.world.barrier()
+        seconds = time.perf_counter() - begin
+    errors = mesh.world.gather(recorder.errors)
+    if errors is not None:
+        work.errors += [error for part in errors for error in part]
+    timeline.save(mesh.world, (mesh.dp, mesh.pp, mesh.tp), run_dir, str(mesh.dims))
+    return stats, seconds
+
+
+def put_together(
+    cfg: GenerateConfig,
+    work: Work,
+    mesh: Mesh,
+    run_dir: Path,
+    tokenizer: Any,
+    loaded: LoadedModel,
+    stats: Stats,
+    seconds: float,
+) -> ExitCode:
+    """Write the results of all launches. Collective."""
+    rows = store.collect(mesh.world, run_dir / store.ROWS)
+    written = None
+    if work.batch is not None:
+        refused = {error.index for error in work.errors}
+        written = results.write_results(
+            run_dir,
+            work.batch,
+            (row for row in rows if row.index not in refused),
+            tokenizer,
+            {"model": cfg.model.path, "layout": str(mesh.dims)},
+            work.errors,
+        )
+    if totals := results.summarize(mesh, run_dir, loaded, stats, seconds, written):
+        _log.info("%s", results.describe(totals))
+    num_errors = mesh.world.bcast(0 if written is None else written.errors)
+    return ExitCode.ROW_ERRORS if num_errors else ExitCode.OK
+
+
+def _read(cfg: GenerateConfig, checkpoint: Checkpoint | GGUFCheckpoint, tokenizer: Any) -> Batch:
+    sampling = vars(cfg.sampling) | {"stop": tuple(cfg.sampling.stop)}
+    n = sampling.pop("n")
+    context = max_context(checkpoint.config)
+    batch = read_batch(
+        cfg.input, tokenizer, SamplingParams(**sampling), cfg.data, n=n, max_context=context
+    )
+    for error in batch.errors[:3]:
+        _log.warning("%s", error.message)
+    if len(batch.errors) > 3:
+        _log.warning("… and %d more rows that cannot be answered", len(batch.errors) - 3)
+    return batch
+
+
+def _enter(
+    cfg: GenerateConfig, run_dir: Path, checkpoint: Checkpoint | GGUFCheckpoint, batch: Batch
+) -> None:
+    """Begin the run, or see that it is the one that was begun."""
+    dtype, weights = resolve_formats(cfg.model.dtype, cfg.model.weights)
+    manifest = Manifest.build(
+        cfg, checkpoint, input_sha256=batch.sha256, dtype=dtype, weights=weights
+    )
+    if (run_dir / MANIFEST).exists():
+        for warning in check(run_dir, manifest):
+            _log.warning("%s", warning)
+        return
+    num_tokens = sum(request.sampling.max_tokens for request in batch.requests)
+    need = num_tokens * _BYTES_PER_TOKEN + len(batch.rows) * _BYTES_PER_ROW
+    check_room(run_dir, need, f"the results of {len(batch.rows)} rows")
+    manifest.write(run_dir)
+
+
+def _refuse_too_large(work: Work, engine: Engine, mesh: Mesh) -> None:
+    """Take out rows that no replica, or not every one, has the memory for."""
+    mine = {}
+    for request in work.requests:
+        if reason := engine.why_too_large(request):
+            mine[request.index] = (request.id, reason)
+    refused = {k: v for part in mesh.world.allgather(mine) for k, v in part.items()}
+    work.requests = [r for r in work.requests if r.index not in refused]
+    if mesh.world.rank == 0:
+        lines = {row.index: row.line for row in work.batch.rows} if work.batch else {}
+        work.errors += [
+            RowError(index, row_id, lines.get(index), "kv_memory_exceeded", reason)
+            for index, (row_id, reason) in sorted(refused.items())
+        ]
+
+
+class Recorder:
+    """Stores a replica's rows as they end and tells how the run goes. A context manager.
+
+    The recording rank of a replica is the first of its last stage, which knows tokens first and
+    log-probabilities at all.
+    """
+
+    def __init__(self, work: Work, engine: Engine, mesh: Mesh, run_dir: Path):
+        self._engine, self._mesh, self._root = engine, mesh, mesh.world.rank == 0
+        self._records = mesh.is_last_stage and mesh.tp == 0
+        self._store = RowStore(run_dir / store.ROWS, mesh.world.rank) if self._records else None
+        self._ended: list[RowResult] = []
+        self._num_rows = 0
+        self._reported = 0.0
+        self.errors: list[RowError] = []
+        self._mailbox = Mailbox(mesh.world)
+        total = work.num_done + len(work.requests)
+        num_errors = len(work.errors) + (len(work.batch.errors) if work.batch else 0)
+        counts = {"already_done": work.num_done, "num_errors": num_errors}
+        self._bar = ProgressBar(total, "rows", self._root, **counts)
+        self._status = StatusWriter(
+            run_dir,
+            total_rows=total,
+            layout=str(mesh.dims),
+            num_stages=mesh.dims.pp,
+            enabled=self._root,
+            **counts,
+        )
+
+    def __enter__(self) -> Recorder:
+        self._status.__enter__()
+        self._bar.__enter__()
+        self._status.set_state(State.RUNNING)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            if self._store is not None:
+                self._store.close()
+            self._report()
+            if last := self._status.set_state(State.FINISHING, self._mailbox.close()):
+                self._bar.set(last.num_done, last.tokens_per_sec.overall, last.num_errors)
+        self._bar.__exit__(kind, error, trace)
+        self._status.__exit__(kind, error, trace)
+
+    def on_row(self, row: RowResult) -> None:
+        """A row of this replica has ended; on each of its ranks."""
+        if self._root:
+            self._bar.show(row.id, row.text)
+        if self._records:
+            self._ended.append(row)
+
+    def on_visit(self) -> None:
+        """Between two pieces of work: commit, report."""
+        if self._ended and self._store is not None:
+            self._store.commit([row for row in self._ended if row.finish_reason != "error"])
+            self._num_rows += len(self._ended)
+            self.errors += [_not_finite(row) for row in self._ended if row.finish_reason == "error"]
+            self._ended.clear()
+        if time.monotonic() - self._reported >= _REPORT_SECONDS:
+            self._report()
+        if self._root and self._status.due and (now := self._status.update(self._mailbox.poll())):
+            self._bar.set(now.num_done, now.tokens_per_sec.recent, now.num_errors)
+
+    def _report(self) -> None:
+        self._reported = time.monotonic()
+        stats, mesh = self._engine.stats, self._mesh
+        counts = self._records
+        self._mailbox.post(
+            RankReport(
+                mesh.world.rank,
+                mesh.pp,
+                mesh.dp,
+                self._num_rows,
+                stats.generated_tokens if counts else 0,
+                stats.prompt_tokens if counts else 0,
+                stats.idle_seconds,
+                stats.seconds,
+                self._engine.kv_bytes,
+                stats.num_active if counts else 0,
+                self._engine.budget.limit,
+            )
+        )
+
+
+def _not_finite(row: RowResult) -> RowError:
+    return RowError(
+        row.index,
+        row.id,
+        None,
+        "not_finite",
+        f"the model's logits are not finite after {len(row.tokens) - 1} tokens of sample "
+        f"{row.sample}; try model.dtype=float32",
+    )
