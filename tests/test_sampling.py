@@ -232,6 +232,10 @@ def test_tokens_as_likely_as_the_last_one_kept_are_kept_too():
     assert kept([1, 3, 2, 2, 2, 0], top_k=2) == {1, 2, 3, 4}
     assert kept([0, 0, 0, 0], top_p=0.3) == {0, 1, 2, 3}
     assert kept([2, 2, 1], min_p=1.0) == {0, 1}
+    for ties in (64, 65, 700):  # more than the candidates that are asked for first
+        logits = np.r_[np.zeros(300), np.ones(ties), np.zeros(300)]
+        for truncation in ({"top_k": 2}, {"top_k": 64}, {"top_p": 0.1}, {"min_p": 0.9}):
+            assert kept(logits, **truncation) == set(range(300, 300 + ties)), truncation
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])

@@ -138,8 +138,9 @@ class Sampler:
         scores, tokens = best[..., 0], best[..., 1].astype(mx.int32)
         winner = mx.argmax(scores, axis=0, keepdims=True)  # ties: the lower rank, the lower id
         token = mx.take_along_axis(tokens, winner, axis=0)[0]
-        # mx.max shows a NaN of any rank, mx.argmax does not.
-        return mx.where(mx.isfinite(mx.max(scores, axis=0)), token, -1)
+        # A NaN wins every mx.argmax (as of MLX 0.32.4), so it is seen here wherever it was.
+        score = mx.take_along_axis(scores, winner, axis=0)[0]
+        return mx.where(mx.isfinite(score), token, -1)
 
     def report(
         self, logits: mx.array, tokens: mx.array, params: Sequence[SamplingParams]
@@ -158,7 +159,8 @@ class Sampler:
     def _greedy(
         self, logits: mx.array, _params: Sequence[SamplingParams], _positions: Sequence[int]
     ) -> mx.array:
-        return _best(logits, mx.argmax(logits, axis=-1, keepdims=True), self.start)
+        best = mx.argmax(logits, axis=-1, keepdims=True)
+        return _candidates(logits, best, best + self.start)
 
     def _tempered(
         self, logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]
@@ -169,7 +171,8 @@ class Sampler:
         uniform = mx.vmap(lambda key: mx.random.uniform(shape=(self.vocab_size,), key=key))
         draws = uniform(mx.array(noise_keys(params, positions)))[:, self.start : self.stop]
         scores = logits / _temperatures(params) - mx.log(-mx.log(draws))
-        return _best(scores, mx.argmax(scores, axis=-1, keepdims=True), self.start)
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        return _candidates(scores, best, best + self.start)
 
     def _truncated(
         self, logits: mx.array, params: Sequence[SamplingParams], positions: Sequence[int]
@@ -182,8 +185,8 @@ class Sampler:
             temperatures = _temperatures([params[row] for row in rows])
             scores = mx.array(values) / temperatures - mx.log(-mx.log(draws))
             best = mx.argmax(scores, axis=-1, keepdims=True)
-            token = mx.take_along_axis(mx.array(ids), best, axis=-1)
-            parts.append(_best(scores, best, token - best))
+            tokens = mx.take_along_axis(mx.array(ids), best, axis=-1)
+            parts.append(_candidates(scores, best, tokens))
             done.append(rows)
         return mx.concatenate(parts)[mx.array(np.argsort(np.concatenate(done)))]
 
@@ -217,14 +220,10 @@ class Sampler:
             rows, count = rows[~enough], count * 8
 
 
-def _best(scores: mx.array, index: mx.array, start: int | mx.array) -> mx.array:
-    """[rows, 2] float32: the highest score of every row, and its token.
-
-    A NaN is the highest: mx.max takes it along, mx.argmax passes over it. Ids are exact in
-    float32 up to 2^24.
-    """
-    value = mx.max(scores, axis=-1, keepdims=True)
-    return mx.concatenate([value, (index + start).astype(mx.float32)], axis=1)
+def _candidates(scores: mx.array, best: mx.array, tokens: mx.array) -> mx.array:
+    """[rows, 2] float32: the score at `best` and its token; ids are exact up to 2^24."""
+    value = mx.take_along_axis(scores, best, axis=-1)
+    return mx.concatenate([value, tokens.astype(mx.float32)], axis=1)
 
 
 def _temperatures(params: Sequence[SamplingParams]) -> mx.array:
