@@ -10,9 +10,10 @@ import pytest
 
 from hpcmlx.errors import ConfigError
 from hpcmlx.inference import openai as dialect
+from hpcmlx.inference.logprobs import TokenLogprobs
 from hpcmlx.inference.openai import error_line, output_line, to_plain
 from hpcmlx.inference.request import BadRow, InputRow, RequestBuilder
-from hpcmlx.inference.rows import RowError, RowResult, TokenLogprobs
+from hpcmlx.inference.rows import RowError, RowResult
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.convert import wheel_gguf

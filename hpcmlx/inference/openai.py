@@ -19,8 +19,9 @@ from typing import Any
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hpcmlx.inference.logprobs import TokenLogprobs
 from hpcmlx.inference.request import BadRow, InputRow
-from hpcmlx.inference.rows import RowError, RowResult, TokenLogprobs
+from hpcmlx.inference.rows import RowError, RowResult
 
 URLS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 
