@@ -190,7 +190,7 @@ class Report:
             tokens: [rows] int32, those that were sampled.
             asked: per row, how many of the likeliest tokens to tell; None for nothing at all.
         """
-        self._asked, self._vocab_size = asked, vocab_size
+        self._asked = asked
         rows = [row for row, number in enumerate(asked) if number is not None]
         if len(rows) < len(asked):
             logits, tokens = logits[mx.array(rows)], tokens[mx.array(rows)]
