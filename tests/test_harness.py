@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from hpcmlx.config import EvaluateConfig, from_dict
-from hpcmlx.errors import ConfigError, InputError
+from hpcmlx.errors import ConfigError, InputError, IntegrityError
 from hpcmlx.inference import harness
 from hpcmlx.inference.harness import Crew, HarnessEvaluation
+from hpcmlx.inference.rows import RowResult
 from hpcmlx.inference.scoring import Score
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import load_model
@@ -101,7 +102,9 @@ def twin(model):
 
 @pytest.fixture(scope="module")
 def crew(model, tokenizer):
-    return Crew(load_model(open_checkpoint(model), MESH), MESH, tokenizer, 3)
+    inference = {"batch_size": 3}
+    cfg = from_dict(EvaluateConfig, {"model": {"path": "x"}, "input": "x", "inference": inference})
+    return Crew(cfg, MESH, load_model(open_checkpoint(model), MESH), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +222,22 @@ def test_rolling_likelihoods_add_up(ours, crew, tokenizer):
     parts = [("", text[:32]), (text[31], text[32:64]), (text[37:64], text[64:])]
     totals = [t for t, _ in ours.loglikelihood(asked(*parts), disable_tqdm=True)]
     assert cut == pytest.approx(sum(totals), abs=1e-3) and cut != pytest.approx(whole, abs=1e-3)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("what", "error", "words"),
+    [("why_too_large", ConfigError, "does not fit: too big"), ("run", IntegrityError, "NaN")],
+)
+def test_answers_that_cannot_be_had_end_the_job(ours, crew, monkeypatch, what, error, words):
+    def run(requests, on_row):
+        for request in requests:
+            on_row(RowResult(request.index, "", "", (), "error", 1, 0.0, 0.0))
+
+    ours.generate_until(asked(("a", {"max_gen_toks": 1})))  # builds the engine
+    monkeypatch.setattr(crew._engine, what, {"run": run}.get(what, lambda request: "too big"))
+    with pytest.raises(error, match=words):
+        ours.generate_until(asked(("a", {"max_gen_toks": 1})))
 
 
 class Recorder:

@@ -9,6 +9,7 @@ missing. A context is scored again with each of its choices; nothing is cached b
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from hpcmlx.models.tokenizer import ChatRenderer
 from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.schema import EvaluateConfig
 
+_log = logging.getLogger(__name__)
+
+_SHOWN = 3  # bad rows that are logged; errors.jsonl has them all
 _KEYS = {"id", "context", "messages", "choices", "answer"}
 
 
@@ -101,6 +105,8 @@ class ChoicesEvaluation:
         found = None
         if mesh.world.rank == 0:
             found = read_questions(cfg.input, tokenizer, context)
+            for error in found[1][:_SHOWN]:
+                _log.warning("%s", error.message)
         self.questions, self.errors = mesh.world.bcast(found)
 
     def run(self, loaded: LoadedModel, run_dir: Path) -> Verdict | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,17 +21,17 @@ from typing import Any
 
 from huggingface_hub import constants as hub
 
-from hpcmlx.errors import ConfigError
+from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.files import write_atomic
 from hpcmlx.inference.engine import Engine
 from hpcmlx.inference.evaluate import Verdict
+from hpcmlx.inference.generate import build_engine
 from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.scoring import Score, ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
+from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.schema import EvaluateConfig
-
-_log = logging.getLogger(__name__)
 
 #: Where config.json does not say how much a model can see at once; lm-eval's own default.
 DEFAULT_CONTEXT = 2048
@@ -61,7 +60,7 @@ class HarnessEvaluation:
     def run(self, loaded: LoadedModel, run_dir: Path) -> Verdict | None:
         """Run the tasks and write lm-eval's results to `harness.json`; the verdict on world rank 0,
         which also prints lm-eval's table."""
-        crew = Crew(loaded, self.mesh, self.tokenizer, self.cfg.inference.batch_size)
+        crew = Crew(self.cfg, self.mesh, loaded, self.tokenizer)
         if self.mesh.world.rank:
             crew.serve()
             return None
@@ -98,9 +97,8 @@ class Crew:
     An exception on rank 0 leaves them waiting; `run_job` ends them then.
     """
 
-    def __init__(self, loaded: LoadedModel, mesh: Mesh, tokenizer: Any, batch_size: int):
-        self._loaded, self._mesh, self._tokenizer = loaded, mesh, tokenizer
-        self._batch_size = batch_size
+    def __init__(self, cfg: EvaluateConfig, mesh: Mesh, loaded: LoadedModel, tokenizer: Any):
+        self._cfg, self._mesh, self._loaded, self._tokenizer = cfg, mesh, loaded, tokenizer
         self._engine: Engine | None = None
 
     def score(self, rows: Sequence[ScoreRow]) -> list[Score]:
@@ -127,14 +125,28 @@ class Crew:
             work[what](items)
 
     def _score(self, rows: Sequence[ScoreRow]) -> list[Score] | None:
-        return score(self._loaded, self._mesh, rows, batch_size=self._batch_size)
+        with ProgressBar(len(rows), "texts", enabled=self._mesh.world.rank == 0) as bar:
+            return score(
+                self._loaded,
+                self._mesh,
+                rows,
+                batch_size=self._cfg.inference.batch_size,
+                on_rows=lambda done: bar.advance(len(done)),
+            )
 
     def _generate(self, requests: Sequence[Request]) -> list[RowResult] | None:
         mesh = self._mesh
         if self._engine is None:
-            self._engine = Engine(self._loaded, mesh, self._tokenizer, batch_size=self._batch_size)
+            self._engine = build_engine(self._cfg, mesh, self._loaded, self._tokenizer)
+        if reason := next(filter(None, map(self._engine.why_too_large, requests)), None):
+            raise ConfigError(f"a prompt of the task does not fit: {reason}")
         mine: list[RowResult] = []
         self._engine.run(requests, mine.append)
+        if any(row.finish_reason == "error" for row in mine):
+            raise IntegrityError(
+                "the model gives NaN instead of a next token: its weights are damaged, or its "
+                "numbers too big for the format; try model.dtype=float32"
+            )
         # Every rank of a replica is told of its rows; one of them speaks.
         parts = mesh.world.gather(mine if mesh.pp == 0 and mesh.tp == 0 else [])
         return parts and sorted((row for part in parts for row in part), key=lambda r: r.index)
