@@ -20,7 +20,7 @@ from hpcmlx.parallel.pipeline import Stage
 # More rows than shapes can confuse with a number of heads, and a prime.
 _NUM_ROWS = 13
 # Positions of padding that every row has before the caches are cut: one copy for so many steps.
-_SLACK = 64
+_SLACK = 16
 
 # Architectures whose shapes fit but whose numbers do not: no shape shows it, so they are named.
 _WRONG_NUMBERS = {
