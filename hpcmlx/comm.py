@@ -172,6 +172,7 @@ class Counter:
             self._stop = threading.Event()
             threading.Thread(target=self._answer, args=(mpi, self._stop), daemon=True).start()
         group.barrier()
+        self._window.Lock_all()
 
     def fetch_add(self, count: int) -> int:
         """Add `count` and give the number from before."""
@@ -181,14 +182,14 @@ class Counter:
         from mpi4py import MPI
 
         added, before = np.array([count], np.int64), np.empty(1, np.int64)
-        self._window.Lock(0, MPI.LOCK_SHARED)
         self._window.Fetch_and_op(added, before, 0, 0, MPI.SUM)
-        self._window.Unlock(0)
+        self._window.Flush(0)
         return int(before[0])
 
     def close(self) -> None:
         """Give the memory back. Collective."""
         if self._window is not None:
+            self._window.Unlock_all()
             self._group.barrier()
             if self._stop is not None:
                 self._stop.set()
@@ -197,7 +198,7 @@ class Counter:
 
     @staticmethod
     def _answer(mpi: Any, stop: threading.Event) -> None:
-        while not stop.wait(0.002):
+        while not stop.wait(0.0005):
             mpi.Iprobe()
 
 
@@ -286,6 +287,8 @@ def _init_mpi() -> Communicator:
     library = find_libmpi()
     os.environ["OMPI_MPI_THREAD_LEVEL"] = "3"  # MPI_THREAD_MULTIPLE; read by MPI_Init
     os.environ["MLX_MPI_LIBNAME"] = library
+    # Open MPI's UCX component for one-sided messages reports an error on hosts without UCX.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         group = mx.distributed.init(backend="mpi", strict=True)
     except RuntimeError as error:
