@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hpcmlx.errors import ConfigError, InputError
-from hpcmlx.inference import inputs
+from hpcmlx.inference import inputs, jsonl
 from hpcmlx.inference.inputs import read_batch
 from hpcmlx.inference.request import InputRow
 from hpcmlx.inference.sampling import SamplingParams, row_seed
@@ -189,7 +189,7 @@ def test_a_line_of_10_mb(read, monkeypatch):
     batch = read(rows, tokenizer=_Counting(), max_context=1000)
     assert [e.code for e in batch.errors] == ["context_length_exceeded"]
     assert [r.id for r in batch.requests] == ["2"]
-    monkeypatch.setattr(inputs, "MAX_LINE", 5 << 20)
+    monkeypatch.setattr(jsonl, "MAX_LINE", 5 << 20)
     batch = read([*rows, rows[0]])
     assert [(e.line, e.code) for e in batch.errors] == [(1, "invalid_json"), (3, "invalid_json")]
     assert "rows.jsonl:1: longer than 5 MiB" in batch.errors[0].message

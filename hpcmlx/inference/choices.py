@@ -22,7 +22,7 @@ import numpy as np
 from hpcmlx.errors import ExitCode, InputError
 from hpcmlx.files import write_atomic, write_hdf5
 from hpcmlx.inference.evaluate import Verdict
-from hpcmlx.inference.inputs import _json_lines
+from hpcmlx.inference.jsonl import json_lines
 from hpcmlx.inference.request import BadRow, encode
 from hpcmlx.inference.results import ERRORS, plain_error
 from hpcmlx.inference.rows import RowError
@@ -144,7 +144,7 @@ def read_questions(
     repeated: list[str] = []
     render = ChatRenderer(tokenizer)
     try:
-        for number, row in _json_lines(path):
+        for number, row in json_lines(path):
             index, row_id = len(questions) + len(errors), str(number)
             try:
                 if isinstance(row, BadRow):

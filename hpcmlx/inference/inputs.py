@@ -7,26 +7,25 @@ refused.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import h5py
 import numpy as np
 
 from hpcmlx.errors import ConfigError, InputError
 from hpcmlx.inference import openai
+from hpcmlx.inference.jsonl import MAX_LINE, json_lines, parse
 from hpcmlx.inference.request import NUMBER_KINDS, ROW_KEYS, BadRow, InputRow, RequestBuilder
 from hpcmlx.inference.rows import Request, RowError
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.schema import DataConfig
 
-MAX_LINE = 64 << 20  # bytes of a line, characters of a CSV field; a longer one is a bad row
 _CHUNK = 1024  # rows of a Parquet or HDF5 file in memory at once
 _LISTED = 10  # ids or lines that a refusal names
 _SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
@@ -212,64 +211,18 @@ def _format(path: Path, data: DataConfig) -> str:
         return data.format
     if kind := _SUFFIXES.get(path.suffix.lower()):
         return kind
-    first = next((row for _, row in _json_lines(path) if not isinstance(row, BadRow)), {})
+    first = next((row for _, row in json_lines(path) if not isinstance(row, BadRow)), {})
     return "openai" if {"custom_id", "body"} & first.keys() else "jsonl"
 
 
 def _records(path: Path, kind: str, data: DataConfig) -> Iterator[Record]:
     if kind in ("jsonl", "openai"):
-        return _json_lines(path)
+        return json_lines(path)
     return {"csv": _csv, "parquet": _parquet, "hdf5": _hdf5}[kind](path, data)
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        number = 0
-        # Not `splitlines`: it also splits at U+2028 and others that JSON strings may hold.
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if len(line) > MAX_LINE:
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE)
-                yield number, BadRow(f"longer than {MAX_LINE >> 20} MiB", "invalid_json")
-            elif line.strip():
-                yield number, _parse_line(line)
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
-    try:
-        row = _parse(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(
-            f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line); "
-            "save the file as UTF-8",
-            "invalid_json",
-        )
-    except BadRow as error:
-        return error
-    if not isinstance(row, dict):
-        return BadRow(f"a row is a JSON object, not {type(row).__name__}", "invalid_json")
-    return row
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        message = f"not JSON ({error.msg} at column {error.colno})"
-    except (ValueError, RecursionError) as error:
-        message = f"not usable JSON ({error})"
-    raise BadRow(message, "invalid_json")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
 def _csv(path: Path, data: DataConfig) -> Iterator[Record]:
-    limit = csv.field_size_limit(MAX_LINE)  # one for the whole process
+    limit = csv.field_size_limit(MAX_LINE)  # in characters; one for the whole process
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -401,7 +354,7 @@ def _from_cell(key: str, value: Any) -> Any:
             raise BadRow(f"{key}={value!r:.60} must be of type {kind.__name__}") from None
     if isinstance(value, str) and (key in _JSON_CELLS or (key == "stop" and value[0] == "[")):
         try:
-            return _parse(value)
+            return parse(value)
         except BadRow as error:
             raise BadRow(f"column '{key}': {error}") from None
     return value
