@@ -339,7 +339,9 @@ def _convert(kind: Any, value: Any, key: str, shown: Mapping[str, str]) -> Any:
         return [_convert(inner[0], v, f"{key}[{i}]", shown) for i, v in enumerate(value)]
     if kind in (str, bool) and isinstance(value, kind):
         return value
-    # Text stands for a number where an environment variable was interpolated.
+    # Text stands for a truth value or a number where an environment variable was interpolated.
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if kind in (int, float) and type(value) in (int, kind, str):
         try:
             return kind(value)
