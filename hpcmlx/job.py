@@ -28,9 +28,10 @@ import hpcmlx
 from hpcmlx import comm, config, log, orphans
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
-from hpcmlx.files import lock_run_dir, make_run_dir, open_run_dir, write_atomic
+from hpcmlx.files import write_atomic
 from hpcmlx.launch import mpirun
 from hpcmlx.mesh import Mesh, ParallelDims
+from hpcmlx.rundir import lock_run_dir, make_run_dir, open_run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -109,7 +110,7 @@ def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | 
         return ExitCode.OK
     if settings.launch.kind == "none":
         return None
-    return mpirun.relaunch(sys.argv[0], command.overrides, settings)
+    return mpirun.relaunch(name, sys.argv[0], command.overrides, settings)
 
 
 def _run(
@@ -172,8 +173,9 @@ def _settings(
             resume=getattr(settings, "resume", None) is not None,
         )
         lock_run_dir(run_dir.path)
-        if not run_dir.resumed:
-            write_atomic(run_dir.path / config.SAVED, config.to_yaml(settings).encode())
+        # Not `run_dir.resumed`: the first launch may have been cut off before it came to this.
+        if not (saved := run_dir.path / config.SAVED).exists():
+            write_atomic(saved, config.to_yaml(settings).encode())
         values = config.to_dict(settings)
         message = {"config": values, "run_dir": str(run_dir.path), "launch": run_dir.token}
     message = world.bcast(message)

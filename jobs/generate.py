@@ -22,7 +22,8 @@ from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.checksums import verify_together
 from hpcmlx.models.loader import load_model
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.observe.timeline import OFF, Timeline, require_matplotlib
+from hpcmlx.observe.gantt import require_matplotlib
+from hpcmlx.observe.timeline import OFF, Timeline
 
 
 def main(job: Job) -> ExitCode:

@@ -1,18 +1,11 @@
-"""Atomic files, run directories that belong to one launch, and the log."""
+"""Atomic files, logs that only grow, and the log of the program."""
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import resource
-import socket
 import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -20,7 +13,7 @@ import numpy as np
 import pytest
 
 from hpcmlx import files, log
-from hpcmlx.errors import ConfigError, OutputError, StorageError
+from hpcmlx.errors import OutputError, StorageError
 
 ROOT_USER = os.geteuid() == 0
 
@@ -102,11 +95,6 @@ def test_a_failed_fsync_is_a_failed_save(tmp_path, monkeypatch):
 def test_what_cannot_be_created_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="absent"):
         files.write_atomic(tmp_path / "absent" / "a", "x")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="Not a directory|File exists"):
-        files.open_run_dir(tmp_path / "file" / "run", "generate", "dp1_pp1_tp1")
-    with pytest.raises(OutputError, match="File exists"):
-        files.open_run_dir(None, "generate", "dp1_pp1_tp1", root=tmp_path / "file")
 
 
 @pytest.mark.skipif(ROOT_USER, reason="root may write anywhere")
@@ -126,52 +114,6 @@ def test_hdf5_finds_a_flipped_bit(tmp_path):
     path.write_bytes(image)
     with h5py.File(path) as file, pytest.raises(OSError):
         file["x"][:]
-
-
-def test_eight_launches_in_one_second_get_eight_directories(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
-    start = threading.Barrier(8)
-
-    def launch(_):
-        start.wait()
-        return files.open_run_dir(None, "generate", "dp1_pp2_tp1", root=tmp_path).path
-
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(launch, range(8)))
-    assert len(set(made)) == 8
-    assert all(p.name.startswith("20260101-000000-generate-dp1_pp2_tp1") for p in made)
-    assert all(p.is_absolute() and p.stat().st_mode & 0o777 == 0o700 for p in made)
-
-
-def test_a_directory_belongs_to_one_launch(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "run"
-    assert files.open_run_dir(str(path), "generate", "dp1_pp1_tp1").path == path
-    with pytest.raises(OutputError, match="is not empty; give another run_dir"):
-        files.open_run_dir(path, "generate", "dp1_pp1_tp1")
-    # The ranks of the launch that claimed it may claim it again; those of another may not.
-    monkeypatch.setenv(files.CLAIM_ENV, "of another launch")
-    with pytest.raises(OutputError):
-        files.open_run_dir(path, "generate", "dp1_pp1_tp1")
-    monkeypatch.setenv(files.CLAIM_ENV, files._token(path))
-    assert files.open_run_dir(path, "generate", "dp1_pp1_tp1").path == path
-    (path / "results.jsonl").write_text("")
-    with pytest.raises(OutputError):
-        files.open_run_dir(path, "generate", "dp1_pp1_tp1")
-
-
-def test_two_claims_at_once_have_one_winner(tmp_path):
-    start = threading.Barrier(8)
-
-    def attempt(_):
-        start.wait()
-        try:
-            return files.claim(tmp_path)
-        except OutputError:
-            return None
-
-    with ThreadPoolExecutor(8) as pool:
-        tokens = [token for token in pool.map(attempt, range(8)) if token]
-    assert tokens == [files._token(tmp_path)]
 
 
 @pytest.mark.fault
@@ -232,114 +174,6 @@ def test_a_log_takes_nothing_after_a_failure(tmp_path, file_size_limit):
             use()
     with pytest.raises(OutputError, match="File exists"):
         files.DurableLog(tmp_path / "a.log")
-
-
-# -- run directories that are entered again --
-
-
-def begin(path: Path) -> files.RunDir:
-    """A first launch, up to its lock."""
-    opened = files.open_run_dir(path, "generate", "dp1_pp1_tp1", resumable=True)
-    os.close(files.lock_run_dir(path))
-    return opened
-
-
-def test_a_run_that_was_begun_is_entered_again(tmp_path, monkeypatch):
-    monkeypatch.delenv(files.CLAIM_ENV, raising=False)
-    first = begin(tmp_path / "run")
-    assert not first.resumed and first.path == tmp_path / "run"
-    assert first.token == files._token(first.path)
-    again = files.open_run_dir(tmp_path / "run", "generate", "dp2_pp1_tp1", resumable=True)
-    assert again.resumed and again.path == first.path and again.token != first.token
-    # A job that cannot go on with it is refused, as is a directory of something else.
-    with pytest.raises(OutputError, match="is not empty"):
-        files.open_run_dir(tmp_path / "run", "evaluate", "dp1_pp1_tp1")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/file").write_text("")
-    with pytest.raises(OutputError, match="is not empty"):
-        files.open_run_dir(tmp_path / "other", "generate", "dp1_pp1_tp1", resumable=True)
-
-
-def test_the_launcher_and_its_ranks(tmp_path, monkeypatch):
-    """The launcher opens the directory, and rank 0 with the token of the launcher once more."""
-    monkeypatch.delenv(files.CLAIM_ENV, raising=False)
-    how = {"resumable": True}
-    launcher = files.open_run_dir(tmp_path / "run", "generate", "dp1_pp1_tp1", **how)
-    monkeypatch.setenv(files.CLAIM_ENV, launcher.token)
-    rank = files.open_run_dir(tmp_path / "run", "generate", "dp1_pp1_tp1", **how)
-    assert rank == launcher and not rank.resumed
-    os.close(files.lock_run_dir(rank.path))
-    monkeypatch.delenv(files.CLAIM_ENV)
-    launcher = files.open_run_dir(tmp_path / "run", "generate", "dp1_pp1_tp1", **how)
-    monkeypatch.setenv(files.CLAIM_ENV, launcher.token)
-    rank = files.open_run_dir(tmp_path / "run", "generate", "dp1_pp1_tp1", **how)
-    assert rank == launcher and rank.resumed and rank.token != files._token(rank.path)
-
-
-def test_resume_of_what_was_never_begun(tmp_path):
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(ConfigError, match=r"no claim\.json there"):
-            files.open_run_dir(path, "generate", "dp1_pp1_tp1", resumable=True, resume=True)
-    assert os.listdir(tmp_path) == []
-    begin(tmp_path / "run")
-    opened = files.open_run_dir(
-        tmp_path / "run", "generate", "dp1_pp1_tp1", resumable=True, resume=True
-    )
-    assert opened.resumed
-
-
-@pytest.mark.fault
-def test_a_lock_lasts_until_its_process_dies(tmp_path):
-    script = """
-import sys, time
-from hpcmlx.files import lock_run_dir
-lock_run_dir(sys.argv[1])
-print("locked", flush=True)
-time.sleep(60)
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(OutputError) as caught:
-            files.lock_run_dir(tmp_path)
-        assert caught.value.exit_code == 73
-        who = f"in use by pid {holder.pid} on host {socket.gethostname()} since 20"
-        assert who in str(caught.value)
-        assert json.loads((tmp_path / files.LOCK).read_text())["pid"] == holder.pid
-        holder.kill()
-    fd = files.lock_run_dir(tmp_path)
-    assert json.loads((tmp_path / files.LOCK).read_text())["pid"] == os.getpid()
-    assert (tmp_path / files.LOCK).stat().st_mode & 0o777 == 0o600
-    with pytest.raises(OutputError, match=f"pid {os.getpid()} "):
-        files.lock_run_dir(tmp_path)
-    # A child of the holder does not inherit it.
-    subprocess.run(["true"], check=True, close_fds=False)
-    os.close(fd)
-    os.close(files.lock_run_dir(tmp_path))
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def fail(fd, how):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(files.fcntl, "flock", fail)
-    with pytest.raises(OutputError, match="cannot lock .*No locks available; set run_dir to"):
-        files.lock_run_dir(tmp_path)
-
-
-def test_room_is_checked_before_the_work(tmp_path, small_disk):
-    free = files.free_bytes(small_disk)
-    assert 900_000 < free <= 1 << 20
-    assert files.free_bytes(small_disk / "not/there/yet") == free
-    files.check_room(small_disk, free, "the results of 5 rows")
-    with pytest.raises(OutputError) as caught:
-        files.check_room(small_disk / "run", 3 << 30, "the results of 5 rows")
-    assert caught.value.exit_code == 73
-    assert f"not enough room in {small_disk}/run: the results of 5 rows may need 3.0 GiB, " in str(
-        caught.value
-    )
-    assert "KiB are free" in str(caught.value) or "1.0 MiB are free" in str(caught.value)
 
 
 @pytest.fixture

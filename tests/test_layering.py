@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
-LAYERS = ["blas", "errors", "faults", "files", "log", "orphans", "schema", "config", "launch"]
-LAYERS += ["comm", "mesh", "parallel", "models", "observe", "inference", "bench", "job"]
-PURE = {"errors", "faults", "files", "log", "orphans", "schema", "config", "launch"}
+LAYERS = ["blas", "errors", "faults", "files", "rundir", "log", "orphans", "schema"]
+LAYERS += ["config", "launch", "comm", "mesh", "parallel", "models", "observe", "inference"]
+LAYERS += ["bench", "job"]
+PURE = {"errors", "faults", "files", "rundir", "log", "orphans", "schema", "config", "launch"}
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 MODULES = [p for p in MODULES if p != Path("hpcmlx/__init__.py")]
 

@@ -14,11 +14,11 @@ from safetensors.numpy import save_file
 
 from hpcmlx.config import GenerateConfig, compose
 from hpcmlx.errors import ConfigError, IntegrityError
-from hpcmlx.files import MANIFEST
 from hpcmlx.inference import manifest as module
 from hpcmlx.inference.manifest import Manifest, check
 from hpcmlx.job import CONF
 from hpcmlx.models.checkpoint import open_checkpoint
+from hpcmlx.rundir import MANIFEST
 from tests.fixtures import model  # noqa: F401 - a fixture
 from tests.test_gguf import llama_tensors, write
 

@@ -13,19 +13,11 @@ import pytest
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError
-from hpcmlx.observe import timeline
-from hpcmlx.observe.timeline import (
-    KINDS,
-    OFF,
-    SPAN,
-    Lane,
-    Timeline,
-    busy_fraction,
-    draw,
-    require_matplotlib,
-    shown_seconds,
-)
-from tests.fixtures import mpirun, run_line
+from hpcmlx.observe import gantt
+from hpcmlx.observe.gantt import busy_fraction, draw, require_matplotlib, shown_seconds
+from hpcmlx.observe.timeline import KINDS, OFF, SPAN, Lane, Timeline
+from tests.fixtures import assert_done, mpirun, run, run_line, write_rows
+from tests.fixtures import model as model
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,11 +78,13 @@ def test_an_unknown_kind_is_a_bug():
         Timeline().record("deocde", 0, 0.0, 1.0)
 
 
-def test_off_keeps_nothing():
+def test_off_keeps_nothing(tmp_path):
     with OFF.span("decode", 0, 8):
         OFF.record("decode", 0, 0.0, 1.0)
-    [kept] = OFF.gather(Communicator(), (0, 0, 0))
-    assert len(kept.spans) == 0 and not kept.is_full
+    OFF.align(Communicator())
+    assert not OFF._spans and not OFF._offsets
+    assert OFF.save(Communicator(), (0, 0, 0), tmp_path, "dp1_pp1_tp1") is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_clocks_that_differ_and_drift_are_aligned():
@@ -151,7 +145,7 @@ def test_what_is_drawn_leaves_waits_out():
         ("wait", 0, 6.0, 6.5),
         ("decode", 1, 6.0, 6.5),
     )
-    pieces = timeline._pieces(rows, 0.5, 8.0)
+    pieces = gantt._pieces(rows, 0.5, 8.0)
     decode, prefill = KINDS.index("decode"), KINDS.index("prefill")
     assert pieces[["begin", "end", "kind", "slot"]].tolist() == [
         (0.5, 1.0, decode, 1),
@@ -171,7 +165,7 @@ def image(data):
 def test_the_picture_of_a_short_run():
     pixels = image(draw(two_stages(20), "dp1_pp2_tp1"))
     assert pixels.shape[1] == 2400
-    for color in timeline._PALETTE[:2]:
+    for color in gantt._PALETTE[:2]:
         rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert np.isclose(pixels, rgb, atol=0.01).all(axis=-1).sum() > 10_000
 
@@ -207,11 +201,11 @@ def test_a_run_without_rows_has_a_picture_too():
 
 @pytest.mark.parametrize("num_steps", [30, 0])
 def test_the_file_has_the_spans(tmp_path, num_steps):
-    pytest.importorskip("matplotlib")
     line = Timeline()
     for i in range(num_steps):
         line.record("decode", i % 2, 10 + i, 10.5 + i, num_tokens=8)
-    line.save(Communicator(), (0, 0, 0), tmp_path, "dp1_pp1_tp1")
+    [kept] = line.save(Communicator(), (0, 0, 0), tmp_path, "dp1_pp1_tp1")
+    assert len(kept.spans) == num_steps
     with h5py.File(tmp_path / "timeline.h5") as file:
         assert file.attrs["layout"] == "dp1_pp1_tp1"
         assert file["begin"][:].tolist() == list(range(num_steps))
@@ -226,7 +220,17 @@ def test_the_file_has_the_spans(tmp_path, num_steps):
             "tp": [0],
             "is_full": [False],
         }
-    assert (tmp_path / "pipeline.png").read_bytes().startswith(PNG)
+
+
+def test_a_job_that_draws_itself(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = write_rows(tmp_path / "in.jsonl", [{"prompt": "Hello"}, {"prompt": "you"}])
+    line = [f"model.path={model}", f"input={rows}", f"run_dir={tmp_path / 'run'}"]
+    line += ["parallel.pp=2", "sampling.max_tokens=4", "timeline=true"]
+    assert_done(run("generate", *line, ranks=2), tmp_path / "run")
+    assert (tmp_path / "run" / "pipeline.png").read_bytes().startswith(PNG)
+    with h5py.File(tmp_path / "run" / "timeline.h5") as file:
+        assert file.attrs["layout"] == "dp1_pp2_tp1" and set(file["rank"]) == {0, 1}
 
 
 SCRIPT = """
@@ -254,7 +258,6 @@ comm.finalize(0)
 
 
 def test_two_ranks_with_clocks_of_their_own(tmp_path):
-    pytest.importorskip("matplotlib")
     outcome = run_line([*mpirun("-n", "2"), sys.executable, "-c", SCRIPT, str(tmp_path)])
     assert outcome.code == 0, outcome.err
     with h5py.File(tmp_path / "timeline.h5") as file:
@@ -264,7 +267,6 @@ def test_two_ranks_with_clocks_of_their_own(tmp_path):
     # They took turns, so nothing overlaps but for the error of the alignment.
     for (_, end, _), (begin, _, _) in zip(rows, rows[1:], strict=False):
         assert -0.02 < begin - end < 0.2
-    assert (tmp_path / "pipeline.png").read_bytes().startswith(PNG)
 
 
 def test_without_matplotlib_the_run_is_refused_before_it_starts(monkeypatch):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpcmlx.comm import Mailbox
 from hpcmlx.errors import ExitCode
-from hpcmlx.files import MANIFEST, check_room
+from hpcmlx.files import write_atomic
 from hpcmlx.inference import results, store
 from hpcmlx.inference.engine import Engine, Stats
 from hpcmlx.inference.inputs import Batch, read_batch
@@ -29,10 +30,12 @@ from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.loader import LoadedModel, resolve_formats
+from hpcmlx.observe import gantt
 from hpcmlx.observe.memory import default_kv_budget, format_bytes, parse_bytes
 from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.observe.status import RankReport, State, StatusWriter
 from hpcmlx.observe.timeline import OFF, Timeline
+from hpcmlx.rundir import MANIFEST, check_room
 from hpcmlx.schema import GenerateConfig
 
 _log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ _log = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 1024  # of a broadcast, so that no message is unbounded
 _REPORT_SECONDS = 1.0
 # Disk that a row takes: log, part, results.jsonl and results.h5, per token and apart from them.
-_BYTES_PER_TOKEN, _BYTES_PER_ROW = 8, 1024
+_BYTES_PER_TOKEN, _BYTES_PER_ROW = 18, 1024
 
 
 @dataclass
@@ -133,8 +136,10 @@ def answer(
         seconds = time.perf_counter() - begin
     errors = mesh.world.gather(recorder.errors)
     if errors is not None:
-        work.errors += [error for part in errors for error in part]
-    timeline.save(mesh.world, (mesh.dp, mesh.pp, mesh.tp), run_dir, str(mesh.dims))
+        work.errors += _one_per_row(errors)
+    place, layout = (mesh.dp, mesh.pp, mesh.tp), str(mesh.dims)
+    if lanes := timeline.save(mesh.world, place, run_dir, layout):
+        write_atomic(run_dir / gantt.PICTURE, gantt.draw(lanes, layout))
     return stats, seconds
 
 
@@ -229,7 +234,7 @@ class Recorder:
         self._ended: list[RowResult] = []
         self._num_rows = 0
         self._reported = 0.0
-        self.errors: list[RowError] = []
+        self.errors: list[tuple[int, RowError]] = []  # with the number of the sample
         self._mailbox = Mailbox(mesh.world)
         total = work.num_done + len(work.requests)
         num_errors = len(work.errors) + (len(work.batch.errors) if work.batch else 0)
@@ -272,7 +277,8 @@ class Recorder:
         if self._ended and self._store is not None:
             self._store.commit([row for row in self._ended if row.finish_reason != "error"])
             self._num_rows += len(self._ended)
-            self.errors += [_not_finite(row) for row in self._ended if row.finish_reason == "error"]
+            failed = [row for row in self._ended if row.finish_reason == "error"]
+            self.errors += [(row.sample, _not_finite(row)) for row in failed]
             self._ended.clear()
         if time.monotonic() - self._reported >= _REPORT_SECONDS:
             self._report()
@@ -298,6 +304,15 @@ class Recorder:
                 self._engine.budget.limit,
             )
         )
+
+
+def _one_per_row(parts: Sequence[Sequence[tuple[int, RowError]]]) -> list[RowError]:
+    """What every replica's recorder found, as (sample, error): of each row the lowest sample's."""
+    found = [pair for part in parts for pair in part]
+    first: dict[int, RowError] = {}
+    for _, error in sorted(found, key=lambda pair: (pair[1].index, pair[0])):
+        first.setdefault(error.index, error)
+    return list(first.values())
 
 
 def _not_finite(row: RowResult) -> RowError:

@@ -21,7 +21,7 @@ import numpy as np
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import IntegrityError, StorageError
-from hpcmlx.files import DurableLog, make_run_dir, write_atomic
+from hpcmlx.files import DurableLog, write_atomic
 from hpcmlx.inference.rowfiles import (
     PLACE,
     RESTORE,
@@ -34,6 +34,7 @@ from hpcmlx.inference.rowfiles import (
     read_part,
 )
 from hpcmlx.inference.rows import RowResult
+from hpcmlx.rundir import make_run_dir
 
 #: The directory of the rows, inside a run directory.
 ROWS = "rows"

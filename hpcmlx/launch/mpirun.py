@@ -22,8 +22,8 @@ from types import FrameType
 from hpcmlx import orphans
 from hpcmlx.config import JobConfig, quote
 from hpcmlx.errors import ConfigError, ExitCode, UsageError
-from hpcmlx.files import CLAIM_ENV, open_run_dir
 from hpcmlx.launch.hostfile import Host, parse_hostfile, total_slots
+from hpcmlx.rundir import CLAIM_ENV, open_run_dir
 
 #: Written by rank 0 after the last barrier: the only sign of success. mpirun's own exit code is
 #: 0 when it loses a host, and by race that of a healthy rank when another was killed.
@@ -139,14 +139,17 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """Run mpirun and pass signals on to it.
 
     Returns:
-        Its exit code, 128 + N when signal N ended it. This is not the job's verdict.
+        Its exit code; 128 + N when it died of signal N that was passed on to it, -N when of one
+        that came from elsewhere. This is not the job's verdict.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
+    passed_on: set[int] = set()
 
     def forward(number: int, _frame: FrameType | None) -> None:
         # mpirun does not know SIGHUP; without the terminal the job is to end.
         number = signal.SIGTERM if number == signal.SIGHUP else number
+        passed_on.add(number)
         if child is None:
             early.append(number)
         else:
@@ -165,16 +168,18 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 128 - code if code < 0 else code
+    return 128 - code if -code in passed_on else code
 
 
-def verdict(run_dir: Path, launch: str, code: int) -> int:
+def verdict(run_dir: Path, launch: str, code: int, *, resumable: bool = False) -> int:
     """The job's exit code: what the completion record of this launch says; without one it failed,
-    with mpirun's code or, where that is 0, as a lost peer.
+    with mpirun's code or, where that is 0 or mpirun was killed, as a lost peer.
 
     Args:
         launch: the token that the run directory was claimed with; an earlier launch's record, of a
             run that was gone on with, says nothing about this one.
+        code: of `run`.
+        resumable: whether the job can go on with what is in the run directory.
     """
     try:
         record = json.loads((run_dir / COMPLETED).read_text())
@@ -192,13 +197,22 @@ def verdict(run_dir: Path, launch: str, code: int) -> int:
             file=sys.stderr,
         )
         return int(ExitCode.LOST_PEER)
+    if code < 0:
+        advice = f" with run_dir={run_dir}: finished rows are kept" if resumable else ""
+        print(
+            f"hpcmlx: mpirun was killed by signal {-code}, which did not come from this launcher; "
+            f"start the job again{advice}",
+            file=sys.stderr,
+        )
+        return int(ExitCode.LOST_PEER)
     return code
 
 
-def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
-    """Run the job `script` under mpirun and wait for it.
+def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfig) -> int:
+    """Run a job under mpirun and wait for it.
 
     Args:
+        job: its name, the same that its ranks claim the run directory for.
         script: the job's file (`sys.argv[0]`).
         overrides: its arguments.
         settings: what they compose to.
@@ -228,7 +242,7 @@ def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
         raise ConfigError(f"launch=mpirun starts a script again, and {script!a} is not a file")
 
     mpirun = find_mpirun()
-    job, resume = Path(script).stem, getattr(settings, "resume", None)
+    resume = getattr(settings, "resume", None)
     run_dir = open_run_dir(
         settings.directory,
         job,
@@ -254,7 +268,8 @@ def relaunch(script: str, overrides: Sequence[str], settings: JobConfig) -> int:
             export=sorted(name for name in env if _EXPORTED.fullmatch(name)),
         )
         print(f"hpcmlx: {shlex.join(argv)}", file=sys.stderr, flush=True)
-        return verdict(run_dir.path, run_dir.token, run(argv, env))
+        code = run(argv, env)
+        return verdict(run_dir.path, run_dir.token, code, resumable=settings.RESUMABLE)
 
 
 def _names_of_this_host() -> set[str]:
