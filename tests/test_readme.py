@@ -66,5 +66,5 @@ def test_architectures_are_counted():
 def test_exit_codes_are_those_of_the_code():
     line = re.search(r"Exit codes: (.*?)\n\n", README, re.DOTALL).group(1)
     codes = {int(code) for code in re.findall(r"(?:^|· ?\n?)(\d+) ", line)}
-    later = {ExitCode.ROW_ERRORS, ExitCode.PREEMPTED}  # of jobs that resume
+    later = {ExitCode.PREEMPTED}  # of jobs that checkpoint
     assert codes == {int(code) for code in ExitCode} - later

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,8 +232,11 @@ class Recorder:
         self._engine, self._mesh, self._root = engine, mesh, mesh.world.rank == 0
         self._records = mesh.is_last_stage and mesh.tp == 0
         self._store = RowStore(run_dir / store.ROWS, mesh.world.rank) if self._records else None
-        self._ended: list[RowResult] = []
+        self._ended: list[RowResult] = []  # not handed to the store yet
         self._num_rows = 0
+        # The disk is waited for beside the model; one commit at a time.
+        self._writer = ThreadPoolExecutor(1, "commit")
+        self._commit: Future[int] | None = None
         self._reported = 0.0
         self.errors: list[tuple[int, RowError]] = []  # with the number of the sample
         self._mailbox = Mailbox(mesh.world)
@@ -258,6 +262,8 @@ class Recorder:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             if self._store is not None:
+                while self._ended or self._commit:
+                    self._store_ended(wait=True)
                 self._store.close()
             self._report()
             if last := self._status.set_state(State.FINISHING, self._mailbox.close()):
@@ -274,16 +280,27 @@ class Recorder:
 
     def on_visit(self) -> None:
         """Between two pieces of work: commit, report."""
-        if self._ended and self._store is not None:
-            self._store.commit([row for row in self._ended if row.finish_reason != "error"])
-            self._num_rows += len(self._ended)
-            failed = [row for row in self._ended if row.finish_reason == "error"]
-            self.errors += [(row.sample, _not_finite(row)) for row in failed]
-            self._ended.clear()
+        if self._store is not None:
+            self._store_ended()
         if time.monotonic() - self._reported >= _REPORT_SECONDS:
             self._report()
         if self._root and self._status.due and (now := self._status.update(self._mailbox.poll())):
             self._bar.set(now.num_done, now.tokens_per_sec.recent, now.num_errors)
+
+    def _store_ended(self, wait: bool = False) -> None:
+        """Count the rows of the commit under way, if it is through, and start the next one."""
+        if self._commit is not None and (wait or self._commit.done()):
+            self._num_rows += self._commit.result()
+            self._commit = None
+        if self._ended and self._commit is None:
+            rows, self._ended = self._ended, []
+            failed = [row for row in rows if row.finish_reason == "error"]
+            self.errors += [(row.sample, _not_finite(row)) for row in failed]
+            self._commit = self._writer.submit(self._commit_rows, rows)
+
+    def _commit_rows(self, rows: list[RowResult]) -> int:
+        self._store.commit([row for row in rows if row.finish_reason != "error"])
+        return len(rows)
 
     def _report(self) -> None:
         self._reported = time.monotonic()
