@@ -223,3 +223,29 @@ def test_the_shipped_prompts_are_rows():
     rows = [json.loads(x) for x in (ROOT / "jobs/prompts.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in rows}) == len(rows) >= 6
     assert all(("prompt" in row) != ("messages" in row) for row in rows)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
+def test_true_and_false_from_an_environment_variable(monkeypatch, text, value):
+    monkeypatch.setenv("DRAW", text)
+    assert generate("timeline=${oc.env:DRAW}").timeline is value
+    monkeypatch.setenv("DRAW", "hunter2")
+    assert refusal("timeline=${oc.env:DRAW}") == ("timeline=${oc.env:DRAW}: expected true or false")
+
+
+def test_resume_takes_the_saved_settings_and_the_command_line_what_it_names(tmp_path):
+    first = generate(
+        "model=smollm2",
+        "sampling.stop=['a b',\"\\n\"]",
+        "sampling.temperature=0.5",
+        "parallel.tp=2",
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml(first))
+    again = generate(f"resume={tmp_path}", "parallel=pp2", "sampling.top_k=3")
+    assert again.model.path == first.model.path and again.sampling.stop == first.sampling.stop
+    assert again.sampling.temperature == 0.5 and again.sampling.top_k == 3
+    # A group that is chosen is all the command line's.
+    assert (again.parallel.pp, again.parallel.tp) == (2, 1)
+    assert again.directory == str(tmp_path) and again.run_dir is None
+    assert "config.yaml cannot be read" in refusal(f"resume={tmp_path}/absent")
+    assert "give one of them" in refusal(f"resume={tmp_path}", "run_dir=x")

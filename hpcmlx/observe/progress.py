@@ -106,7 +106,7 @@ class ProgressBar:
         self._refresh()
 
     def show(self, title: str, body: str) -> None:
-        """Count a unit and, where there are few, print a titled text, its markup not interpreted."""
+        """Count a unit and, where there are few, print a titled text; markup stays text."""
         self.advance()
         if self._answers:
             heading = Text(f"{title}  ({self.done}/{self.total})", style="bold cyan")
