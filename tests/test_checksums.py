@@ -184,7 +184,7 @@ def hub_cache(root: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (repo / "refs" / "main").write_text(snapshot.name)
     for file in model.iterdir():
         large = file.suffix == ".safetensors"
-        name = checksums._digest(file) if large else f"{abs(hash(file.name)):040x}"
+        name = checksums.sha256_of(file) if large else f"{abs(hash(file.name)):040x}"
         shutil.copyfile(file, repo / "blobs" / name)
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", name))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
@@ -258,13 +258,13 @@ class Rank:
 
 def test_ranks_of_one_host_share_the_work(model, monkeypatch):
     hashed: list[str] = []
-    digest = checksums._digest
+    digest = checksums.sha256_of
 
     def counted(path: Path) -> str:
         hashed.append(path.name)
         return digest(path)
 
-    monkeypatch.setattr(checksums, "_digest", counted)
+    monkeypatch.setattr(checksums, "sha256_of", counted)
     assert Threads(3).run([model] * 3) == [True] * 3
     assert sorted(hashed) == sorted(json.loads((model / CHECKSUMS).read_text())["sha256"])
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,11 +22,10 @@ from hpcmlx.comm import Pending
 from hpcmlx.inference.batching import SlotCaches, fork_caches, split_caches, why_not_batched
 from hpcmlx.inference.kv import Budget, Load, measure_cost, num_bytes
 from hpcmlx.inference.kv_quantized import quantize_caches
-from hpcmlx.inference.logprobs import Report, TokenLogprobs
-from hpcmlx.inference.penalties import Context
 from hpcmlx.inference.prefix import PrefixCache, plan_prefixes
 from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.sampling import Sampler, SamplingParams
+from hpcmlx.inference.slots import Prefill, Row, Slot, Step
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.timeline import OFF, Timeline
@@ -65,90 +64,6 @@ class Stats:
     seconds: float = 0.0
     num_steps: int = 0
     num_active: int = 0
-
-
-@dataclass(eq=False)
-class _Row:
-    request: Request
-    detokenizer: Any
-    started: float
-    num_cached: int
-    tokens: list[int] = field(default_factory=list)
-    num_sampled: int = 0  # steps started, may be one ahead of len(tokens)
-    first_token: float = 0.0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    context: Context | None = None  # where its sampling looks back
-    ended: bool = False
-
-    def __post_init__(self) -> None:
-        if self.request.sampling.looks_back:
-            self.context = Context(self.request.tokens, self.tokens)
-
-    @property
-    def num_left(self) -> int:
-        return self.request.sampling.max_tokens - self.num_sampled
-
-    @property
-    def last_token(self) -> int:
-        return self.tokens[-1] if self.tokens else self.request.tokens[-1]
-
-
-@dataclass
-class _Prefill:
-    """Rows of one length and one prefix: their prompts are fed together, without padding."""
-
-    rows: list[_Row]
-    tokens: mx.array  # [rows, length] what is still to be fed
-    caches: list[Any]
-    length: int  # of the prompts when they are through: all but the last token
-
-
-@dataclass
-class _Step:
-    """A step under way: who was in which place, and the tokens that come out."""
-
-    rows: list[_Row | None]
-    tokens: mx.array | Pending  # [places]
-    report: Report | None  # on the last stage, where rows ask for log-probabilities
-    begin: float
-
-
-@dataclass
-class _Slot:
-    """One microbatch: rows that step together, their caches and what comes next."""
-
-    number: int
-    rows: list[_Row | None] = field(default_factory=list)  # one per place; None: it has ended
-    caches: SlotCaches | None = None
-    step: _Step | None = None  # started, its tokens not seen by the host
-    feed: mx.array | None = None  # [places] the next inputs, where they need not wait for the host
-    joining: deque[_Prefill] = field(default_factory=deque)
-
-    @property
-    def live(self) -> list[_Row]:
-        return [row for row in self.rows if row is not None]
-
-    @property
-    def num_joining(self) -> int:
-        return sum(len(prefill.rows) for prefill in self.joining)
-
-    def loads(self, more: Sequence[Request] = ()) -> list[Load]:
-        """Cache memory that this slot comes to, with `more` rows in it, until its last row ends."""
-        left = [row.num_left for row in self.live]
-        lengths = [0 if self.caches is None else self.caches.positions]
-        for prefill in self.joining:
-            left += [row.num_left for row in prefill.rows]
-            lengths.append(prefill.length)
-        left += [request.sampling.max_tokens for request in more]
-        lengths += [len(request.tokens) for request in more]
-        if not left:
-            return []
-        num_new = self.num_joining + len(more)
-        places = max(len(self.rows), len(self.live) + num_new)
-        own = [Load(len(p.rows), p.length, prefill=True) for p in self.joining]
-        own += [Load(1, len(request.tokens), prefill=True) for request in more]
-        # One position more: a step may be started for rows that have ended.
-        return [*own, Load(places, max(lengths) + max(left) + 1)]
 
 
 class Engine:
@@ -191,7 +106,7 @@ class Engine:
         self.batch_size = self._batch_size(batch_size)
         self.batched = self.batch_size > 1
         self._may_add_slot = num_microbatches is None and mesh.dims.pp > 1
-        self.slots = [_Slot(i) for i in range(num_microbatches or mesh.dims.pp)]
+        self.slots = [Slot(i) for i in range(num_microbatches or mesh.dims.pp)]
         # On one stage the next step can start before the host has seen this one's tokens.
         self.lookahead = mesh.dims.pp == 1
         self.eos = set(tokenizer.eos_token_ids)
@@ -219,7 +134,7 @@ class Engine:
 
     def why_too_large(self, request: Request) -> str | None:
         """Why a row can never be admitted, or None: its caches alone must fit the KV memory."""
-        loads = _Slot(0).loads([request])
+        loads = Slot(0).loads([request])
         if self.budget.fits(loads):
             return None
         return (
@@ -290,7 +205,7 @@ class Engine:
         least = min(self.mesh.replica.allgather(waited / seconds))
         self._may_add_slot = False
         if least > _TOO_IDLE:
-            self.slots.append(_Slot(len(self.slots)))
+            self.slots.append(Slot(len(self.slots)))
             _log.info(
                 "every stage waits at least %.0f %% of the time: %d microbatches in flight from "
                 "now on",
@@ -298,7 +213,7 @@ class Engine:
                 len(self.slots),
             )
 
-    def _visit(self, slot: _Slot) -> None:
+    def _visit(self, slot: Slot) -> None:
         begin, not_host, self._visited = time.perf_counter(), self._not_host, slot
         step, slot.step = slot.step, None
         if step is not None:
@@ -318,7 +233,7 @@ class Engine:
 
     # -- decode --
 
-    def _start_step(self, slot: _Slot, feed: mx.array) -> _Step:
+    def _start_step(self, slot: Slot, feed: mx.array) -> Step:
         """One decode step of a slot: feed [places] tokens, sample as many."""
         self.stats.num_steps += 1
         faults.strike(self.mesh.world.rank, self.stats.num_steps)
@@ -347,9 +262,9 @@ class Engine:
         self.stats.decode_seconds += end - begin
         if not self.lookahead:
             self._record("decode", slot, begin + self.link.last_wait, end, len(slot.live))
-        return _Step(rows, tokens, report, begin)
+        return Step(rows, tokens, report, begin)
 
-    def _take_tokens(self, step: _Step) -> None:
+    def _take_tokens(self, step: Step) -> None:
         """Give a step's tokens to its rows, and end those that are through."""
         begin = time.perf_counter()
         array = self.link.wait(step.tokens) if isinstance(step.tokens, Pending) else step.tokens
@@ -364,15 +279,13 @@ class Engine:
         for row, token, logprob in zip(step.rows, tokens, logprobs, strict=True):
             if row is None or row.ended:
                 continue
-            if not row.tokens:
-                row.first_token = now
-            row.tokens.append(token)
-            if logprob is not None:
-                row.logprobs.append(logprob)
-            if reason := self._finish_reason(row, token):
-                self._finish(row, reason, now)
+            row.take(token, logprob, self.eos, now)
+            if row.ended:
+                self.stats.num_rows += 1
+                self.stats.generated_tokens += len(row.tokens)
+                self._on_row(row.result(now, self.mesh.world.rank))
 
-    def _next_inputs(self, slot: _Slot) -> mx.array | None:
+    def _next_inputs(self, slot: Slot) -> mx.array | None:
         """What the step after the one under way is fed, where that can start before the host has
         seen the tokens: they stay on the device, ends of prompts join them."""
         step = slot.step
@@ -387,49 +300,12 @@ class Engine:
         return mx.where(mx.array(new), mx.array(ends, mx.int32), step.tokens[mx.array(places)])
 
     @staticmethod
-    def _all_end_by_length(slot: _Slot) -> bool:
+    def _all_end_by_length(slot: Slot) -> bool:
         return all(row.num_left <= 0 for row in slot.live)
-
-    def _finish_reason(self, row: _Row, token: int) -> str | None:
-        if token < 0:
-            return "error"
-        if token in self.eos:
-            return "stop"
-        row.detokenizer.add_token(token)
-        sampling = row.request.sampling
-        if sampling.stop and any(s in row.detokenizer.text for s in sampling.stop):
-            return "stop"
-        return "length" if len(row.tokens) >= sampling.max_tokens else None
-
-    def _finish(self, row: _Row, reason: str, now: float) -> None:
-        row.ended = True
-        row.detokenizer.finalize()
-        text, request = row.detokenizer.text, row.request
-        ends = [text.find(s) for s in request.sampling.stop if s in text]
-        if ends:
-            text, reason = text[: min(ends)], "stop"
-        result = RowResult(
-            request.index,
-            request.id,
-            text,
-            tuple(row.tokens),
-            reason,
-            len(request.tokens),
-            row.first_token - row.started,
-            now - row.started,
-            request.sample,
-            row.num_cached,
-            time.time(),
-            self.mesh.world.rank,
-            tuple(row.logprobs) if request.sampling.logprobs is not None else None,
-        )
-        self.stats.num_rows += 1
-        self.stats.generated_tokens += len(row.tokens)
-        self._on_row(result)
 
     # -- who joins --
 
-    def _admit(self, slot: _Slot) -> None:
+    def _admit(self, slot: Slot) -> None:
         """Let rows into the slot's free places while every rank has the memory."""
         free = self._places - len(slot.live) - slot.num_joining
         if slot.live and free * _JOIN_SHARE < self._places and not self._dealer.exhausted:
@@ -443,7 +319,7 @@ class Engine:
             slot.joining.append(self._begin_prefill(group))
         self._prefixes.release(self._dealt[0] if self._dealt else self._dealer.dealt_to)
 
-    def _next_group(self, slot: _Slot, free: int) -> list[int]:
+    def _next_group(self, slot: Slot, free: int) -> list[int]:
         """The next rows that can be prefilled together and fit the memory; taken from `_dealt`."""
         numbers: list[int] = []
         requests: list[Request] = []
@@ -464,7 +340,7 @@ class Engine:
             requests.append(request)
         return numbers
 
-    def _make_room(self, slot: _Slot, requests: list[Request]) -> bool:
+    def _make_room(self, slot: Slot, requests: list[Request]) -> bool:
         """Whether `requests` fit into `slot`, if need be after forgetting prefixes."""
         others = [load for other in self.slots if other is not slot for load in other.loads()]
         while True:
@@ -474,18 +350,18 @@ class Engine:
             if not self._prefixes.shrink():
                 return False
 
-    def _begin_prefill(self, numbers: list[int]) -> _Prefill:
+    def _begin_prefill(self, numbers: list[int]) -> Prefill:
         requests = [self._requests[number] for number in numbers]
         begin = time.perf_counter()
         caches, known = self._start_from(numbers[0], len(numbers))
         if known == len(requests[0].tokens) - 1:  # nothing to feed
             caches = self._packed(caches)
-        rows = [_Row(r, self.tokenizer.detokenizer, begin, known) for r in requests]
+        rows = [Row(r, self.tokenizer.detokenizer, begin, known) for r in requests]
         tokens = mx.array([list(request.tokens[known:-1]) for request in requests], mx.int32)
         length = len(requests[0].tokens) - 1
         self.stats.prompt_tokens += sum(len(request.tokens) for request in requests)
         self.stats.cached_tokens += known * len(requests)
-        return _Prefill(rows, tokens.reshape(len(rows), length - known), caches, length)
+        return Prefill(rows, tokens.reshape(len(rows), length - known), caches, length)
 
     def _start_from(self, number: int, count: int) -> tuple[list[Any], int]:
         """Caches for `count` rows like `number`, and how many of their tokens are in them."""
@@ -499,7 +375,7 @@ class Engine:
 
     # -- prefill --
 
-    def _prefill(self, slot: _Slot) -> list[_Prefill]:
+    def _prefill(self, slot: Slot) -> list[Prefill]:
         """Feed the next chunk of what joins; those that are through."""
         budget, through = self.prefill_chunk, []
         while slot.joining and budget > 0:
@@ -537,7 +413,7 @@ class Engine:
     def _packed(self, caches: list[Any]) -> list[Any]:
         return caches if self.kv_bits is None else quantize_caches(caches, self.kv_bits)
 
-    def _seat(self, slot: _Slot, through: list[_Prefill]) -> None:
+    def _seat(self, slot: Slot, through: list[Prefill]) -> None:
         """Give prefilled rows their places: first those of rows that have ended."""
         rows = [row for prefill in through for row in prefill.rows]
         lengths = [prefill.length for prefill in through for _ in prefill.rows]
@@ -558,7 +434,7 @@ class Engine:
             slot.rows += rows[len(taken) :]
         self._close_up(slot)
 
-    def _close_up(self, slot: _Slot) -> None:
+    def _close_up(self, slot: Slot) -> None:
         """Where nobody will take the places of rows that have ended, do without them: each costs
         a row's work at every step, leaving them one copy of the caches."""
         num_free = len(slot.rows) - len(slot.live)
@@ -569,5 +445,5 @@ class Engine:
         slot.caches.keep(places)
         slot.rows = [slot.rows[place] for place in places]
 
-    def _record(self, kind: str, slot: _Slot, begin: float, end: float, tokens: int) -> None:
+    def _record(self, kind: str, slot: Slot, begin: float, end: float, tokens: int) -> None:
         self.timeline.record(kind, slot.number, begin, end, tokens)

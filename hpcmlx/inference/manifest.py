@@ -18,7 +18,7 @@ from typing import Any
 from hpcmlx.errors import ConfigError, IntegrityError, StorageError
 from hpcmlx.files import write_atomic
 from hpcmlx.models.checkpoint import FETCH_PATTERNS, Checkpoint, GGUFCheckpoint
-from hpcmlx.models.checksums import CHECKSUMS
+from hpcmlx.models.checksums import CHECKSUMS, sha256_of
 from hpcmlx.rundir import MANIFEST
 from hpcmlx.schema import GenerateConfig
 
@@ -74,7 +74,7 @@ class Manifest:
         adapter: dict[str, Any] = {"path": None, "files": {}}
         if config.model.adapter is not None:
             adapter["files"] = {
-                path.name: _sha256(path)
+                path.name: sha256_of(path)
                 for path in _visible(config.model.adapter)
                 if path.suffix in (".json", ".safetensors") and path.name != CHECKSUMS
             }
@@ -191,7 +191,7 @@ def _fingerprint(checkpoint: Checkpoint | GGUFCheckpoint) -> dict[str, str]:
         for path in _visible(checkpoint.path):
             weights = path.suffix == ".safetensors" or path.name == CHECKSUMS
             if not weights and any(path.match(pattern) for pattern in FETCH_PATTERNS):
-                found[path.name] = _sha256(path)
+                found[path.name] = sha256_of(path)
     return dict(sorted(found.items()))
 
 
@@ -201,14 +201,6 @@ def _visible(directory: str | Path) -> list[Path]:
     except OSError as error:
         raise StorageError(f"reading {directory} failed: {error.strerror}") from error
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"reading {path} failed: {error.strerror}") from error
 
 
 def _sampled_sha256(path: Path, header: int) -> str:

@@ -60,7 +60,7 @@ def write_checksums(model: Path) -> Path:
     """
     if model.is_file():
         path = model.with_name(f"{model.name}.sha256")
-        text = f"{_digest(model)}  {model.name}\n"
+        text = f"{sha256_of(model)}  {model.name}\n"
         source = model
     elif names := _covered(model):
         digests = dict(zip(names, _digests([model / name for name in names]), strict=True))
@@ -239,10 +239,11 @@ def _digests(paths: list[Path], num_sharing: int = 1) -> list[str]:
     """Of each file, several at once: hashing releases the interpreter's lock."""
     threads = min(_MAX_THREADS, (os.cpu_count() or 1) // num_sharing, len(paths))
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return list(pool.map(_digest, paths))
+        return list(pool.map(sha256_of, paths))
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a whole file, in hex. Raises StorageError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
