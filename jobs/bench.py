@@ -1,9 +1,10 @@
 """Measure hpcmlx against mlx-lm and against itself on one rank, on this host:
 
-    python jobs/bench.py                    # `make bench`: five rounds, about eight minutes
-    python jobs/bench.py --rounds 1
+    python jobs/bench.py                      # `make bench`: all parts, about an hour
+    python jobs/bench.py --only batch why     # some of them, a few minutes each
+    python jobs/bench.py --only layouts --rounds 1 --rows 8
 
-Prints the tables of the README.
+Prints the tables of the README; `curve` also draws docs/throughput.png.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hpcmlx.bench.compare import compare
+from hpcmlx import BLAS
+from hpcmlx.bench.compare import PARTS, Plan
 from hpcmlx.errors import HpcmlxError
 from hpcmlx.models.convert import convert
 
@@ -22,7 +24,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("models/smollm2"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=64, help="of a batch")
+    parser.add_argument("--picture", type=Path, default=Path("docs/throughput.png"))
     args = parser.parse_args()
     try:
         plain = args.model.with_name(args.model.name + "-float32")
@@ -30,7 +35,11 @@ def main() -> int:
     except HpcmlxError as error:
         print(f"bench: {error}", file=sys.stderr)
         return int(error.exit_code)
-    print(compare(str(plain), args.rounds, lambda line: print(line, file=sys.stderr, flush=True)))
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    plan = Plan(str(plain), args.rounds, args.rows, args.picture, say)
+    print(f"BLAS: {BLAS}")
+    for part in args.only:
+        print(f"\n{PARTS[part](plan)}", flush=True)
     return 0
 
 

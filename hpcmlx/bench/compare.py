@@ -1,28 +1,33 @@
-"""Runs the measurements and makes the README's tables of them. `jobs/bench.py` calls this.
-
-A ratio is the median of the ratios of neighbouring runs, one per round; never of two numbers taken
-at different times.
+"""Runs the measurements, each in processes of its own, and gives the README's tables of them.
+`jobs/bench.py` calls this.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from hpcmlx.bench import picture, tables
+from hpcmlx.bench.memory import Growth
+from hpcmlx.files import write_atomic
 from hpcmlx.launch.mpirun import find_mpirun
 
-MIB = 2**20
+_MEMORY_ROWS = 10_000
 
 
-def measure(model: str, *arguments: str, ranks: int = 1, blas: str = "") -> dict[str, Any]:
-    """Run `hpcmlx.bench.measure` in processes of its own, one BLAS thread each."""
-    argv = [sys.executable, "-m", "hpcmlx.bench.measure", arguments[0], model, *arguments[1:]]
+def measure(what: str, model: str, *options: str, ranks: int = 1, blas: str = "") -> dict[str, Any]:
+    """Run `python -m hpcmlx.bench WHAT MODEL`, one BLAS thread a process.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    argv = [sys.executable, "-m", "hpcmlx.bench", what, model, *options]
     if ranks > 1:
         mpirun = [find_mpirun(), "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
         argv = [*mpirun, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *argv]
@@ -35,78 +40,108 @@ def measure(model: str, *arguments: str, ranks: int = 1, blas: str = "") -> dict
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A line of the table."""
+class Plan:
+    """What to measure with.
 
-    label: str
-    ours: str
-    theirs: str
-    goal: str
-
-
-COMPARISONS = (
-    Comparison("one rank : mlx-lm, decode 1 row", "decode", "decode mlx-lm", "≥ 1.0"),
-    Comparison("one rank : mlx-lm, prefill", "prefill", "prefill mlx-lm", "≥ 1.0"),
-    Comparison("one rank : mlx-lm as installed, decode 1 row", "decode", "decode stock", ""),
-    Comparison("one rank : mlx-lm as installed, prefill", "prefill", "prefill stock", "≥ 10"),
-    Comparison("tp2 : one rank, decode 1 row", "tp2", "one", "≥ 1.6"),
-    Comparison("tp2 : one rank, decode 1 row, hidden size 2048", "tp2 wide", "one wide", "≥ 1.6"),
-    Comparison("tp2 : one rank, decode 8 rows", "tp2 8", "one 8", ""),
-    Comparison("tp2 : one rank, prefill", "tp2 prefill", "one prefill", ""),
-    Comparison("pp2, two microbatches of 8 : one rank, one of 8", "pp2 8", "one 8", "≥ 1.6"),
-)
-
-
-def compare(model: str, rounds: int, progress: Callable[[str], None]) -> str:
-    """Measure and return the tables as Markdown.
-
-    Args:
+    Attributes:
         model: directory of a float32 checkpoint.
-        rounds: of every measurement, after one that does not count.
+        rounds: of every measurement.
+        rows: of a batch.
+        picture: where the curve goes, its data beside it; None for nowhere.
         progress: told what is measured next.
     """
-    times = ("--rounds", str(rounds))
-    progress("one rank against mlx-lm")
-    paired = measure(model, "pair", *times)
-    progress("mlx-lm as installed, with its reference BLAS")
-    stock = measure(model, "mlx-lm", "--rounds", str(min(rounds, 2)), blas="none")["result"]
-    progress("two ranks against one")
-    series = measure(model, "scale", *times, ranks=2)["result"] | paired["result"]
-    progress("two ranks against one, on wider layers")
-    series |= measure("-", "wide", *times, ranks=2)["result"]
-    for name, values in stock.items():
-        series[f"{name} stock"] = [statistics.median(values)] * rounds
-    progress("loading")
-    loads = {
-        "dp1_pp1_tp1": measure(model, "load"),
-        "dp1_pp1_tp2": measure(model, "load", "tp", ranks=2),
-        "dp1_pp2_tp1": measure(model, "load", "pp", ranks=2),
-    }
-    return f"BLAS: {paired['blas']}\n\n{_speed_table(series)}\n\n{_load_table(loads)}\n"
+
+    model: str
+    rounds: int
+    rows: int
+    picture: Path | None
+    progress: Callable[[str], None]
+
+    def measure(self, what: str, *options: str, rounds: int | None = None, **how: Any) -> Any:
+        times = ("--rounds", str(rounds or self.rounds))
+        return measure(what, self.model, *times, *options, **how)["result"]
+
+    def measure_rows(self, what: str, rows: int | None = None, **how: Any) -> Any:
+        return self.measure(what, "--rows", str(rows or self.rows), **how)
 
 
-def _speed_table(series: dict[str, list[float]]) -> str:
-    lines = ["| | tok/s | ratio | lowest–highest | goal |", "|---|---|---|---|---|"]
-    for c in COMPARISONS:
-        ours, theirs = series[c.ours], series[c.theirs]
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        lines.append(
-            f"| {c.label} | {statistics.median(ours):.1f} : {statistics.median(theirs):.1f} "
-            f"| **{statistics.median(ratios):.2f}** | {min(ratios):.2f}–{max(ratios):.2f} "
-            f"| {c.goal} |"
-        )
-    return "\n".join(lines)
+def _single(plan: Plan) -> str:
+    plan.progress("one rank against mlx-lm")
+    series = plan.measure("pair")
+    plan.progress("mlx-lm as installed, with its reference BLAS")
+    stock = plan.measure("mlx-lm", rounds=min(plan.rounds, 2), blas="none")
+    plan.progress("two ranks against one")
+    series |= plan.measure("scale", ranks=2)
+    plan.progress("two ranks against one, on wider layers")
+    series |= plan.measure("wide", ranks=2)
+    return tables.single(series, stock)
 
 
-def _load_table(loads: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| layout, rank | shard | read : shard (≤ 1.1) | peak RSS | ≤ shard + largest + base |",
-        "|---|---|---|---|---|",
-    ]
-    for layout, measured in loads.items():
-        for rank, r in enumerate(measured["result"]):
-            lines.append(
-                f"| {layout}, {rank} | {r['shard'] / MIB:.0f} MiB | {r['read'] / r['shard']:.2f} "
-                f"| {r['peak_rss'] / MIB:.0f} MiB | {r['bound'] / MIB:.0f} MiB |"
-            )
-    return "\n".join(lines)
+def _load(plan: Plan) -> str:
+    plan.progress("loading")
+    return tables.load(
+        {
+            "dp1_pp1_tp1": plan.measure("load"),
+            "dp1_pp1_tp2": plan.measure("load", "--axis", "tp", ranks=2),
+            "dp1_pp2_tp1": plan.measure("load", "--axis", "pp", ranks=2),
+        }
+    )
+
+
+def _batch(plan: Plan) -> str:
+    plan.progress("a batch on one rank against mlx-lm")
+    return tables.batch(plan.measure_rows("batch"))
+
+
+def _why(plan: Plan) -> str:
+    plan.progress("where it comes from")
+    return tables.why(plan.measure_rows("why"))
+
+
+def _layouts(plan: Plan) -> str:
+    plan.progress("pp2 and dp2 against one rank")
+    return tables.layouts(plan.measure_rows("layouts", 2 * plan.rows, ranks=2))
+
+
+def _pipeline(plan: Plan) -> str:
+    plan.progress("pp2 against mlx-lm's pipeline")
+    return tables.pipeline(plan.measure_rows("pipeline", ranks=2))
+
+
+def _shard(plan: Plan) -> str:
+    plan.progress("tp2 against mlx-lm's shard()")
+    return tables.shard(plan.measure("shard", ranks=2))
+
+
+def _curve(plan: Plan) -> str:
+    plan.progress("decode over batch size")
+    curve = plan.measure("curve")
+    if plan.picture is not None:
+        write_atomic(plan.picture, picture.draw(curve))
+        write_atomic(plan.picture.with_suffix(".json"), json.dumps(curve) + "\n")
+    return tables.curve(curve)
+
+
+def _host(plan: Plan) -> str:
+    plan.progress("the scheduler's own time")
+    return tables.host(plan.measure_rows("host"))
+
+
+def _memory(plan: Plan) -> str:
+    plan.progress("memory over thousands of rows")
+    return tables.memory(Growth(**plan.measure_rows("memory", _MEMORY_ROWS)))
+
+
+#: What `jobs/bench.py --only` can name, in the order of the README.
+PARTS: dict[str, Callable[[Plan], str]] = {
+    "single": _single,
+    "load": _load,
+    "batch": _batch,
+    "why": _why,
+    "layouts": _layouts,
+    "pipeline": _pipeline,
+    "shard": _shard,
+    "curve": _curve,
+    "host": _host,
+    "memory": _memory,
+}
