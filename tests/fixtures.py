@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hpcmlx.inference.rowfiles import read_log, read_part
+from hpcmlx.inference.store import ROWS, recover
 from hpcmlx.launch.mpirun import find_mpirun
 from tests import tiny_configs
 from tests.twin import save_checkpoint
@@ -101,7 +104,8 @@ class Outcome:
         code: exit code; -N when signal N ended it.
         lines: of standard error, each with the seconds from the start at which it came.
         seconds: until the started process had ended.
-        survivors: command lines of processes of the job that still ran 1 s after that.
+        survivors: command lines of processes of the job that still ran 1 s after that, or after the
+            `patience` of `Running.wait`.
     """
 
     code: int
@@ -170,15 +174,19 @@ class Running:
                 pytest.fail(f"no {text!r} on standard error:\n{self._text()}")
             time.sleep(0.02)
 
-    def wait(self, timeout: float = TIMEOUT) -> Outcome:
-        """How it ended."""
+    def wait(self, timeout: float = TIMEOUT, patience: float = 1.0) -> Outcome:
+        """How it ended.
+
+        Args:
+            patience: seconds that its processes may outlive the one that was started.
+        """
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             pytest.fail(f"no end after {timeout:g} s:\n{self._text()}")
         seconds = time.monotonic() - self._begin
-        survivors = self._survivors(1.0)
+        survivors = self._survivors(patience)
         self.kill()
         for reader in self._readers:
             reader.join(5)
@@ -296,3 +304,57 @@ def assert_nothing_left(outcome: Outcome, run_dir: Path | None) -> None:
         left = {path.name for path in run_dir.rglob("*") if path.is_file()}
         assert not left & {"completed.json", "results.jsonl", "results.h5", "logprobs.h5"}
         assert not [name for name in left if name.endswith(".tmp")]
+
+
+def stored_rows(run_dir: Path) -> dict[tuple[int, int], bytes]:
+    """The stored line of every committed row by (index, sample). No row may be there twice: that
+    would be one that was computed again."""
+    found = recover(run_dir / ROWS)
+    tables = [
+        read_part(path, path.read_bytes())
+        if path.suffix == ".h5"
+        else read_log(path, path.read_bytes())
+        for path in found.files
+        if path.suffix == ".h5" or path.with_suffix(".h5") not in found.files
+    ]
+    assert sum(map(len, tables)) == len(found), f"rows were computed twice: {found.files}"
+    places = map(tuple, found.places[["index", "sample"]].tolist())
+    return dict(zip(places, found.lines(0, len(found)), strict=True))
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A file system of its own that only processes which go through `path` see."""
+
+    path: Path
+    _keeper: int
+    _mounted: Path
+
+    def resize(self, size: str) -> None:
+        line = ["nsenter", "-t", str(self._keeper), "-m", "mount", "-o", f"remount,size={size}"]
+        subprocess.run([*line, str(self._mounted)], check=True)
+
+
+@contextmanager
+def small_disk(mount_point: Path, size: str, *options: str) -> Iterator[Disk]:
+    """A tmpfs of `size` ("1m"), mounted in the namespace of a process that ends with this one: so
+    nothing stays mounted, whatever ends a test."""
+    mount_point.mkdir()
+    script = 'mount -t tmpfs -o "$1" tmpfs "$0" && echo mounted && read end'
+    line = ["unshare", "--mount", "sh", "-c", script, str(mount_point)]
+    if sys.platform != "linux":
+        pytest.skip("NOT TESTED: a small disk needs Linux")
+    with subprocess.Popen(
+        [*line, ",".join((f"size={size}", *options))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as keeper:
+        if keeper.stdout.readline() != "mounted\n":
+            pytest.skip("NOT TESTED: mounting a small disk needs root")
+        path = Path(f"/proc/{keeper.pid}/root{mount_point}")
+        try:
+            yield Disk(path, keeper.pid, mount_point)
+        finally:
+            keeper.kill()
