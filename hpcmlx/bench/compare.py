@@ -19,6 +19,8 @@ from hpcmlx.files import write_atomic
 from hpcmlx.launch.mpirun import find_mpirun
 
 _MEMORY_ROWS = 10_000
+# Rows of a batch on two ranks: shorter, so that a round takes a minute or two.
+_SHORT = ("--words", "3", "40", "--new", "16", "32")
 
 
 def measure(what: str, model: str, *options: str, ranks: int = 1, blas: str = "") -> dict[str, Any]:
@@ -61,8 +63,8 @@ class Plan:
         times = ("--rounds", str(rounds or self.rounds))
         return measure(what, self.model, *times, *options, **how)["result"]
 
-    def measure_rows(self, what: str, rows: int | None = None, **how: Any) -> Any:
-        return self.measure(what, "--rows", str(rows or self.rows), **how)
+    def measure_rows(self, what: str, *options: str, rows: int | None = None, **how: Any) -> Any:
+        return self.measure(what, "--rows", str(rows or self.rows), *options, **how)
 
 
 def _single(plan: Plan) -> str:
@@ -95,17 +97,17 @@ def _batch(plan: Plan) -> str:
 
 def _why(plan: Plan) -> str:
     plan.progress("where it comes from")
-    return tables.why(plan.measure_rows("why"))
+    return tables.why(plan.measure_rows("why", rounds=min(plan.rounds, 3)))
 
 
 def _layouts(plan: Plan) -> str:
     plan.progress("pp2 and dp2 against one rank")
-    return tables.layouts(plan.measure_rows("layouts", 2 * plan.rows, ranks=2))
+    return tables.layouts(plan.measure_rows("layouts", *_SHORT, rows=2 * plan.rows, ranks=2))
 
 
 def _pipeline(plan: Plan) -> str:
     plan.progress("pp2 against mlx-lm's pipeline")
-    return tables.pipeline(plan.measure_rows("pipeline", ranks=2))
+    return tables.pipeline(plan.measure_rows("pipeline", *_SHORT, ranks=2))
 
 
 def _shard(plan: Plan) -> str:
@@ -124,12 +126,12 @@ def _curve(plan: Plan) -> str:
 
 def _host(plan: Plan) -> str:
     plan.progress("the scheduler's own time")
-    return tables.host(plan.measure_rows("host"))
+    return tables.host(plan.measure_rows("host", rounds=min(plan.rounds, 2)))
 
 
 def _memory(plan: Plan) -> str:
     plan.progress("memory over thousands of rows")
-    return tables.memory(Growth(**plan.measure_rows("memory", _MEMORY_ROWS)))
+    return tables.memory(Growth(**plan.measure_rows("memory", rows=_MEMORY_ROWS)))
 
 
 #: What `jobs/bench.py --only` can name, in the order of the README.

@@ -53,7 +53,7 @@ def draw(curve: dict[str, Any]) -> bytes:
             linestyle="--",
             label=f"reading the weights alone ({bandwidth:.1f} GB/s)",
         )
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="lower right", facecolor="white", edgecolor="none", framealpha=1)
         share = (speed / np.minimum(roof, read)).max()
         title = f"Decode over batch size: up to {share:.0%} of what its matrix products allow"
         figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
