@@ -67,12 +67,14 @@ class SlotCaches:
         joining = merge_caches(rows)
         for i, (entry, new) in enumerate(zip(self.entries, joining, strict=True)):
             self.entries[i] = _take_over(entry, list(places), new)
+        self._evaluate_padding()
 
     def append(self, rows: Sequence[list[Any]], lengths: Sequence[int]) -> None:
         """New places behind the others."""
         for entry, new in zip(self.entries, merge_caches(rows), strict=True):
             entry.extend(new)
         self.lengths += lengths
+        self._evaluate_padding()
 
     def keep(self, places: Sequence[int]) -> None:
         """Only these places are left, in this order."""
@@ -80,6 +82,12 @@ class SlotCaches:
         for entry in self.entries:
             entry.filter(index)
         self.lengths = [self.lengths[place] for place in places]
+        self._evaluate_padding()
+
+    def _evaluate_padding(self) -> None:
+        """Models build their mask from one layer's cache: the padding of the others, which nobody
+        reads, would stay a graph that grows with every row that joins."""
+        mx.async_eval([entry.left_padding for entry in self._kv])
 
     def _cut_padding(self) -> None:
         """Where every row is padded by much, cut that off."""
