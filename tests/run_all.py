@@ -21,7 +21,7 @@ from pathlib import Path
 from hpcmlx.launch.mpirun import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 1500  # seconds for one part
+TIMEOUT = 3000  # seconds for one part
 
 
 @dataclass

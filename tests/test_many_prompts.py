@@ -25,7 +25,7 @@ from tests.twin import NEAR_TIE
 
 NUM_ROWS = 500
 NUM_KILLS = 10
-MOST_TIES = 5  # of 500 rows; seen: see the README
+MOST_TIES = 5  # of 500 rows; none was ever seen
 TIMEOUT = 600.0
 WORDS = (
     "harbour stone lamp river quiet seven winter carry always green letter under small bridge "
@@ -59,8 +59,9 @@ def common(folder) -> list[str]:
     rng = random.Random(0)
     lines = []
     for i in range(NUM_ROWS):
-        text = " ".join(rng.choices(WORDS, k=1 + int(20 * rng.random() ** 2)))
-        row = {"id": f"row-{i}", "max_tokens": rng.randint(1, 8)}
+        num_words = 80 if i % 50 == 7 else 1 + int(12 * rng.random() ** 2)
+        text = " ".join(rng.choices(WORDS, k=num_words))
+        row = {"id": f"row-{i}", "max_tokens": rng.randint(1, 5)}
         if i % 5:
             row["messages"] = [{"role": "user", "content": text}]
         else:
@@ -148,7 +149,7 @@ def test_killed_ten_times_and_nothing_is_lost(common, folder, truth):
         line = job_line("generate", *common, *layout, f"run_dir={run_dir}")
         job = Running([*mpirun("-n", str(ranks)), *line], ROOT, {})
         job.wait_for("KV caches: up to", TIMEOUT)
-        time.sleep(rng.uniform(0.5, 5.0))
+        time.sleep(rng.uniform(0.3, 2.0))
         os.kill(a_rank(job, rng), signal.SIGKILL)
         outcome = job.wait()
         assert outcome.code != 0 and not outcome.survivors
