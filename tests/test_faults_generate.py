@@ -52,7 +52,7 @@ FAULTS = {
     30: ["test_eight_launches_in_one_second"],
     32: [
         "test_store.test_a_torn_commit_at_the_end_is_dropped",
-        "test_a_torn_log_and_a_damaged_one",
+        "test_a_torn_and_a_damaged_log",
     ],
     33: [
         "test_inputs.test_a_bad_line_is_an_error_of_its_row",
@@ -161,7 +161,7 @@ def wait_for_rows(run_dir: Path) -> dict:
 # -- ranks, mpirun and launches that end --
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600)  # a minute and a half where nothing else runs
 def test_twenty_kills_lose_no_row(common, truth, tmp_path):
     """Fault 4: ranks are killed at random steps, and other layouts go on."""
     rng = random.Random(7)
@@ -169,10 +169,10 @@ def test_twenty_kills_lose_no_row(common, truth, tmp_path):
     num_kills, num_kept = 0, 0
     while num_kills < NUM_KILLS:
         run_dir, kept, code = tmp_path / f"after-{num_kills}-kills", {}, -1
-        for number in range(6):
+        for number in range(11):
             ranks, layout = LAYOUTS[next(layouts)]
             spec = f"rank={rng.randrange(max(1, ranks))},step={rng.randint(2, 9)},kind=kill"
-            env = {faults.ENV: spec} if number < 5 and num_kills < NUM_KILLS else {}
+            env = {faults.ENV: spec} if number < 10 and num_kills < NUM_KILLS else {}
             line = [*common, *layout, f"run_dir={run_dir}"]
             outcome = run("generate", *line, ranks=ranks, env=env)
             code = outcome.code
@@ -349,10 +349,10 @@ def test_bad_rows_take_nothing_with_them(common, truth, tmp_path):
         ("long", 12, "context_length_exceeded"),
     ]
     assert (run_dir / "results.jsonl").read_bytes() == (truth / "results.jsonl").read_bytes()
-    before = (run_dir / "results.jsonl").stat(), stored_rows(run_dir)
+    before = (run_dir / "results.jsonl").stat().st_mtime_ns, stored_rows(run_dir)
     again = run("generate", *line)
     assert again.code == 64 and "all 12 answers are there already" in again.err
-    assert ((run_dir / "results.jsonl").stat(), stored_rows(run_dir)) == before
+    assert ((run_dir / "results.jsonl").stat().st_mtime_ns, stored_rows(run_dir)) == before
 
 
 @pytest.mark.parametrize(
