@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlx_lm.tuner.utils import load_adapters
 from hpcmlx import faults
 from tests.fixtures import (
     ROOT,
+    TIMEOUT,
     WITHOUT_TORCH,
     Outcome,
     assert_done,
@@ -410,12 +412,18 @@ def test_a_run_directory_of_another_job_is_refused(single, single_scores, model,
 
 def test_of_two_launches_into_one_directory_one_wins(common, tmp_path):
     run_dir = tmp_path / "run"
-    jobs = [start("generate", *common, f"run_dir={run_dir}") for _ in range(2)]
-    with ThreadPoolExecutor() as pool:
-        outcomes = sorted(pool.map(lambda job: job.wait(), jobs), key=lambda o: o.code)
-    assert [outcome.code for outcome in outcomes] == [0, 73], [o.err for o in outcomes]
-    assert_done(outcomes[0], run_dir)
-    assert_refused(outcomes[1], 73, str(run_dir))
+    line = [*common, f"run_dir={run_dir}"]
+    env = {faults.ENV: "rank=0,step=2,kind=hang"}  # the winner stays until the other has come
+    jobs = [start("generate", *line, env=env) for _ in range(2)]
+    end = time.monotonic() + TIMEOUT
+    while all(job.process.poll() is None for job in jobs) and time.monotonic() < end:
+        time.sleep(0.05)
+    loser, winner = sorted(jobs, key=lambda job: job.process.poll() is None)
+    assert_refused(loser.wait(), 73, str(run_dir))
+    winner.wait_for("injected fault")
+    assert winner.process.poll() is None
+    winner.kill()
+    winner.wait()
 
 
 # -- the command line --
