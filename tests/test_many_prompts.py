@@ -27,10 +27,34 @@ NUM_ROWS = 500
 NUM_KILLS = 10
 MOST_TIES = 5  # of 500 rows; none was ever seen
 TIMEOUT = 600.0
-WORDS = (
-    "harbour stone lamp river quiet seven winter carry always green letter under small bridge "
-    "morning count salt paper north window answer garden slow copper listen between"
-).split()
+WORDS = [
+    "harbour",
+    "stone",
+    "lamp",
+    "river",
+    "quiet",
+    "seven",
+    "winter",
+    "carry",
+    "always",
+    "green",
+    "letter",
+    "under",
+    "small",
+    "bridge",
+    "morning",
+    "count",
+    "salt",
+    "paper",
+    "north",
+    "window",
+    "answer",
+    "garden",
+    "slow",
+    "copper",
+    "listen",
+    "between",
+]
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "pp2": (2, ["parallel.pp=2"]),
