@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 1024  # of a broadcast, so that no message is unbounded
 _REPORT_SECONDS = 1.0
 # Disk that a row takes: log, part, results.jsonl and results.h5, per token and apart from them.
-_BYTES_PER_TOKEN, _BYTES_PER_ROW = 18, 1024
+_BYTES_PER_TOKEN, _BYTES_PER_LOGPROB, _BYTES_PER_ROW = 18, 64, 1024
 
 
 @dataclass
@@ -199,8 +199,10 @@ def _enter(
         for warning in check(run_dir, manifest):
             _log.warning("%s", warning)
         return
-    num_tokens = sum(request.sampling.max_tokens for request in batch.requests)
-    need = num_tokens * _BYTES_PER_TOKEN + len(batch.rows) * _BYTES_PER_ROW
+    need = len(batch.rows) * _BYTES_PER_ROW
+    for sampling in (request.sampling for request in batch.requests):
+        told = 0 if sampling.logprobs is None else 1 + sampling.logprobs
+        need += sampling.max_tokens * (_BYTES_PER_TOKEN + told * _BYTES_PER_LOGPROB)
     check_room(run_dir, need, f"the results of {len(batch.rows)} rows")
     manifest.write(run_dir)
 
