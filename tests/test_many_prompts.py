@@ -147,6 +147,14 @@ def rows_kept(run_dir: Path) -> dict[tuple[int, int], bytes]:
     return dict(zip(map(tuple, stored.places[["index", "sample"]].tolist()), lines, strict=True))
 
 
+def wait_for_rows(run_dir: Path, before: int) -> None:
+    """Until a rank has put rows on the disk that were not there before."""
+    deadline = time.monotonic() + TIMEOUT
+    while len(recover(run_dir / ROWS)) <= before:
+        assert time.monotonic() < deadline, "no row is done"
+        time.sleep(0.05)
+
+
 def a_rank(job: Running, rng: random.Random) -> int:
     """The process of one of the job's ranks."""
     pids = []
@@ -173,7 +181,9 @@ def test_killed_ten_times_and_nothing_is_lost(common, folder, truth):
         line = job_line("generate", *common, *layout, f"run_dir={run_dir}")
         job = Running([*mpirun("-n", str(ranks)), *line], ROOT, {})
         job.wait_for("KV caches: up to", TIMEOUT)
-        time.sleep(rng.uniform(0.3, 2.0))
+        if number % 2:  # some before a first row is done, some after one, however fast the host is
+            wait_for_rows(run_dir, len(kept))
+        time.sleep(rng.uniform(0.0, 1.0))
         os.kill(a_rank(job, rng), signal.SIGKILL)
         outcome = job.wait()
         assert outcome.code != 0 and not outcome.survivors
