@@ -6,6 +6,7 @@ What is compared runs in turn on the same two processes; for one rank alone the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,10 +58,13 @@ def layouts(model: str, rounds: int, workload: Workload) -> dict[str, Any]:
     """pp2 and dp2 against one rank with the same rows: all of them in flight at once, and half.
 
     With pp2, half of the rows are in each of two slots; with dp2 every replica draws its half.
+    `apart` is what this host allows at most: each process generates half of the rows and knows
+    nothing of the other. Where the two cores share caches, memory or execution units that is less
+    than twice the speed of one.
     """
     world, tokenizer = comm.init(), load_tokenizer(model)
     one, pp2 = Layout(model, world), Layout(model, world, pp=2)
-    dp2 = Layout(model, world, dp=2)
+    dp2, alone = Layout(model, world, dp=2), Layout(model, Communicator())
     requests = workload.requests(tokenizer)
     half = max(1, len(requests) // 2)
 
@@ -68,11 +72,19 @@ def layouts(model: str, rounds: int, workload: Workload) -> dict[str, Any]:
         layout.run(tokenizer, requests[:4], **options)  # what is slow only once
         return Variant(partial(layout.run, tokenizer, requests, **options))
 
+    def apart() -> Run | None:
+        world.barrier()
+        mine = alone.run(tokenizer, requests[world.rank :: 2], batch_size=half)
+        parts = world.allgather(mine)
+        slowest = max(parts, key=lambda run: run.seconds)
+        return replace(slowest, tokens=dict(sorted((parts[0].tokens | parts[1].tokens).items())))
+
     variants = {
         "one, all rows": variant(one, batch_size=2 * half),
         "one, half of the rows": variant(one, batch_size=half),
         "pp2": variant(pp2, batch_size=half),
         "dp2": variant(dp2, batch_size=half),
+        "apart": Variant(apart),
     }
     return report(runs_in_turn(rounds, variants), "one, half of the rows")
 

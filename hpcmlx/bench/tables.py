@@ -43,6 +43,8 @@ LAYOUTS = (
     Comparison("pp2 : one rank, half at a time", "pp2", "one, half of the rows", ""),
     Comparison("dp2 : one rank, half at a time", "dp2", "one, half of the rows", "≥ 1.8"),
     Comparison("dp2 : one rank, all rows at once", "dp2", "one, all rows", ""),
+    Comparison("two processes apart : one, half at a time", "apart", "one, half of the rows", ""),
+    Comparison("dp2 : two processes apart", "dp2", "apart", ""),
 )
 PIPELINE = (
     Comparison(
