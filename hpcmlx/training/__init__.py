@@ -1,0 +1,1 @@
+"""Fine-tuning over a mesh: data, losses, schedules of stages, optimizers, checkpoints."""
