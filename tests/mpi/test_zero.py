@@ -1,4 +1,6 @@
-"""ZeRO-1 over all ranks: the parameters of an optimizer that is whole, bit by bit."""
+"""Optimizers whose state (ZeRO-1) or whose parameters (tensor parallel) are spread over all ranks:
+what one process computes alone, bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from hpcmlx.errors import IntegrityError
+from hpcmlx.parallel.partition import Cut
 from hpcmlx.training import zero
 from hpcmlx.training.optim import Optimizer, OptimSettings
 from hpcmlx.training.zero import Zero1, assign
@@ -100,6 +103,43 @@ def test_owned_state_that_is_not_there_is_refused(world):
     lost = min(optimizer.state)
     with pytest.raises(IntegrityError, match=f"{lost} is missing"):
         optimizer.restore({n: v for n, v in before.state.items() if n != lost})
+
+
+class Columns:
+    """Matrices are cut along their last axis, of equal parts; vectors are whole."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def gather(self, path: str, array: mx.array) -> mx.array:
+        if array.ndim < 2:
+            return array
+        return mx.swapaxes(self.world.all_gather(mx.swapaxes(array, 0, -1)), 0, -1)
+
+    def local(self, path: str, whole: mx.array) -> mx.array:
+        return whole if whole.ndim < 2 else mx.split(whole, self.world.size, -1)[self.world.rank]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion"])
+def test_cut_parameters_are_updated_as_whole_ones(world, name):
+    columns, rng = Columns(world), np.random.default_rng(0)
+    shapes = {"matrix": (5, 6 * world.size), "experts": (2, 3, world.size), "vector": (4,)}
+    truth = {n: mx.array(rng.standard_normal(s, np.float32)) for n, s in shapes.items()}
+    extra = {"adamw_learning_rate": 0.003} if name == "muon" else {}
+    settings = OptimSettings(name, 0.01, weight_decay=0.1, **extra)
+    whole, spread = Optimizer(settings, STEPS), Optimizer(settings, STEPS, columns)
+    mine = {n: columns.local(n, value) for n, value in truth.items()}
+    for step in range(STEPS):
+        grads = gradients(truth, step)
+        mine = spread.update(mine, {n: columns.local(n, g) for n, g in grads.items()}, step)
+        truth = whole.update(truth, grads, step)
+        mx.eval(mine, spread.state, truth, whole.state)
+    assert_same(mine, {n: columns.local(n, value) for n, value in truth.items()})
+    cuts = {"matrix": Cut(1, ()), "experts": Cut(2, ()), "vector": None}
+    for state, value in whole.state.items():
+        if spread.state_cut(state, cuts) is not None:
+            value = columns.local(state, value)
+        assert_same({state: spread.state[state]}, {state: value})
 
 
 def test_owners(world):
