@@ -1,0 +1,1 @@
+"""What a training run has made of a model, as others want it: adapters and merged models."""
