@@ -1,7 +1,8 @@
 """Where else a run's numbers go: TensorBoard, Weights & Biases, MLflow.
 
 All are optional: their packages are imported when a run asks for them. The run's own record is
-`metrics.csv` (`metrics.py`), which needs none. Each launch of a resumed run is a run of its own in
+`metrics.csv` (`metrics.py`), which needs none. Nothing uses the network unless the environment says
+so (`WANDB_MODE`, `MLFLOW_TRACKING_URI`). Each launch of a resumed run is a run of its own in
 W&B and MLflow, so that no step is there twice in one; TensorBoard drops what is done again.
 """
 
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 from hpcmlx.errors import ConfigError
 
 _PROJECT = "hpcmlx"
+_BATCH = 500  # numbers in one request; MLflow allows 1000
+_BATCH_SECONDS = 5.0
 
 
 class Sink(Protocol):
@@ -82,7 +85,11 @@ class TensorBoard:
     def __init__(self, run_dir: Path, first_step: int):
         package: Any = importlib.import_module("tensorboardX")
         self._writer = package.SummaryWriter(
-            logdir=str(run_dir / "tensorboard"), purge_step=first_step or None, flush_secs=10
+            logdir=str(run_dir / "tensorboard"),
+            purge_step=first_step or None,
+            flush_secs=10,
+            # It names files by the second and overwrites what is there.
+            filename_suffix=f".{time.time_ns()}",
         )
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -98,6 +105,7 @@ class WandB:
     `WANDB_MODE=online` straight to the server."""
 
     def __init__(self, run_dir: Path, first_step: int):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         package: Any = importlib.import_module("wandb")
         self._run = package.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -105,6 +113,7 @@ class WandB:
             name=_launch_name(run_dir, first_step),
             dir=str(run_dir),
             mode=os.environ.get("WANDB_MODE", "offline"),
+            settings={"console": "off"},  # the run has logs of its own
         )
         # Its own step must ascend over all rows, and an evaluation may come after later steps.
         self._run.define_metric("*", step_metric="step")
@@ -119,10 +128,16 @@ class WandB:
 
 class MLflow:
     """MLflow: a SQLite file `mlflow.db` in the run directory, or the server that
-    `MLFLOW_TRACKING_URI` names. (MLflow 3 refuses to write into plain directories.)"""
+    `MLFLOW_TRACKING_URI` names. (MLflow 3 refuses to write into plain directories.)
 
-    def __init__(self, run_dir: Path, first_step: int):
+    Rows travel in batches: one takes a SQLite file as long as a row does, some 50 ms.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, clock: Callable[[], float] = time.monotonic):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         package: Any = importlib.import_module("mlflow")
+        self._clock, self._sent = clock, clock()
+        self._waiting: list[Any] = []
         self._metric = importlib.import_module("mlflow.entities").Metric
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir / 'mlflow.db'}")
         self._client = package.MlflowClient(tracking_uri=uri)
@@ -141,16 +156,22 @@ class MLflow:
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         now = time.time_ns() // 1_000_000
-        self._client.log_batch(
-            self._run_id,
-            metrics=[
-                self._metric(f"{kind}/{name}", float(value), now, step)
-                for name, value in values.items()
-            ],
-        )
+        self._waiting += [
+            self._metric(f"{kind}/{name}", float(value), now, step)
+            for name, value in values.items()
+        ]
+        if len(self._waiting) >= _BATCH or self._clock() - self._sent >= _BATCH_SECONDS:
+            self._send()
 
     def close(self) -> None:
+        self._send()
         self._client.set_terminated(self._run_id)
+
+    def _send(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
+            self._client.log_batch(self._run_id, metrics=batch)
+        self._sent = self._clock()
 
 
 def _launch_name(run_dir: Path, first_step: int) -> str:
