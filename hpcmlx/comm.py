@@ -102,6 +102,44 @@ class Communicator:
         buffer = np.empty(tuple(shape), _NUMPY[_WIRE.get(dtype, dtype)])
         return Pending(self._mpi.Irecv(buffer, source, tag), buffer, dtype)
 
+    def irecv_into(self, array: mx.array, source: int, tag: int) -> Pending:
+        """Start receiving into the memory of `array`, which is evaluated and which a lazy graph may
+        already be built on: nothing that depends on it may be evaluated before `wait`."""
+        wire = array.view(_WIRE[array.dtype]) if array.dtype in _WIRE else array
+        mx.eval(wire)
+        buffer = np.array(wire, copy=False)
+        return Pending(self._mpi.Irecv(buffer, source, tag), buffer)
+
+    def sum_arrays(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """The sums over the ranks of float32 arrays, in one message. Evaluates them. Collective.
+
+        Every rank gets the same bits.
+        """
+        if self.size == 1 or not arrays:
+            return list(arrays)
+        mx.eval(arrays)
+        flat = np.concatenate([np.array(a, copy=False).reshape(-1) for a in arrays])
+        self._mpi.Allreduce(_in_place(), flat)
+        return _apart(flat, arrays)
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """The sums over the ranks, in float64. Collective."""
+        total = np.array(numbers, np.float64)
+        if self.size > 1:
+            self._mpi.Allreduce(_in_place(), total)
+        return [float(x) for x in total]
+
+    def broadcast_arrays(self, arrays: Sequence[mx.array], root: int) -> list[mx.array]:
+        """The arrays of rank `root`; the others give arrays of the same shapes and of one dtype
+        common to all, whose values do not matter. Collective."""
+        if self.size == 1 or not arrays:
+            return list(arrays)
+        wire = [a.view(_WIRE[a.dtype]) if a.dtype in _WIRE else a for a in arrays]
+        mx.eval(wire)
+        flat = np.concatenate([np.array(a, copy=False).reshape(-1) for a in wire])
+        self._mpi.Bcast(flat, root)
+        return [a.view(b.dtype) for a, b in zip(_apart(flat, wire), arrays, strict=True)]
+
     # -- control: Python objects and barriers --
 
     def bcast(self, value: Any, root: int = 0) -> Any:
@@ -144,6 +182,18 @@ class Communicator:
         if self._mpi is not None:
             self._mpi.Abort(code)
         os._exit(code)
+
+
+def _in_place() -> Any:
+    from mpi4py import MPI
+
+    return MPI.IN_PLACE
+
+
+def _apart(flat: np.ndarray, like: Sequence[mx.array]) -> list[mx.array]:
+    """What `np.concatenate` put together, as arrays of the shapes of `like`."""
+    parts = np.split(flat, np.cumsum([array.size for array in like])[:-1])
+    return [mx.array(p.reshape(array.shape)) for p, array in zip(parts, like, strict=True)]
 
 
 class Counter:

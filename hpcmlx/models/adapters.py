@@ -28,7 +28,10 @@ SWITCHES = (SwitchLinear, QuantizedSwitchLinear)
 
 
 class LoRALinear(nn.Module):
-    """Adds `lora_up @ lora_down @ x`; the adapter's scale is already in `lora_up`."""
+    """Adds `lora_scale * lora_up @ lora_down @ x`. Where an adapter is only used its scale is
+    already in `lora_up`; where it is trained the two have to be apart, or steps would be longer."""
+
+    lora_scale = 1.0
 
     def __call__(self, x: mx.array) -> mx.array:
         y = super().__call__(x)
@@ -37,6 +40,8 @@ class LoRALinear(nn.Module):
 
 class DoRALinear(nn.Module):
     """Likewise, and every output but its bias times `dora_scale` (DoRA, arXiv:2402.09353)."""
+
+    lora_scale = 1.0
 
     def __call__(self, x: mx.array) -> mx.array:
         bias = self.pop("bias", None)
@@ -52,6 +57,8 @@ class DoRALinear(nn.Module):
 class LoRASwitchLinear(nn.Module):
     """A projection per expert, each with its own factors."""
 
+    lora_scale = 1.0
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = super().__call__(x, indices, sorted_indices=sorted_indices)
         for factor in (self.lora_down, self.lora_up):
@@ -61,16 +68,18 @@ class LoRASwitchLinear(nn.Module):
                 rhs_indices=indices,
                 sorted_indices=sorted_indices,
             )
-        return y + x.astype(y.dtype)
+        return y + _scaled(self, x).astype(y.dtype)
 
 
 class LoRALookup(nn.Module):
     """An embedding adapted where tokens are looked up, but not where it is the output head: so
     PEFT leaves a tied head alone."""
 
+    lora_scale = 1.0
+
     def __call__(self, ids: mx.array) -> mx.array:
         y = super().__call__(ids)
-        return y + (self.lora_up[ids] @ self.lora_down).astype(y.dtype)
+        return y + _scaled(self, self.lora_up[ids] @ self.lora_down).astype(y.dtype)
 
 
 class LoRAEmbedding(LoRALookup):
@@ -92,7 +101,11 @@ class DoRAEmbedding(LoRAEmbedding):
 
 
 def _low_rank(module: Any, x: mx.array) -> mx.array:
-    return (x @ module.lora_down.T) @ module.lora_up.T
+    return _scaled(module, (x @ module.lora_down.T) @ module.lora_up.T)
+
+
+def _scaled(module: Any, y: mx.array) -> mx.array:
+    return y if module.lora_scale == 1 else module.lora_scale * y
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ class AttachedAdapter:
             if f"{path}.dora_scale" not in held:
                 continue
             module = self.modules[path]
-            adapted = _weight(module) + _wide(module.lora_up) @ _wide(module.lora_down)
+            adapted = whole_weight(module) + _wide(module.lora_up) @ _wide(module.lora_down)
             squares = mx.sum(mx.square(adapted), axis=-1)
             mx.eval(squares)
             if isinstance(module, layers.Rowwise):
@@ -161,6 +174,15 @@ class AttachedAdapter:
             factor = module.dora_scale / mx.sqrt(squares)
             module.dora_scale = factor.astype(module.lora_up.dtype)
             mx.eval(module.dora_scale)
+
+    @property
+    def bytes_read(self) -> int:
+        """Weight bytes read so far."""
+        return self.adapter.bytes_read
+
+    def close(self) -> None:
+        """Close the adapter's files."""
+        self.adapter.close()
 
     def describe(self, paths: Iterable[str]) -> str:
         """One phrase: what of the adapter is among the parameters `paths` of this rank."""
@@ -189,7 +211,7 @@ def _wide(array: mx.array) -> mx.array:
     return array.astype(mx.float32)
 
 
-def _weight(module: Any) -> mx.array:
+def whole_weight(module: Any) -> mx.array:
     """The module's weight in float32, unpacked if need be."""
     if "scales" not in module:
         return _wide(module.weight)

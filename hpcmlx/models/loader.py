@@ -6,11 +6,11 @@ pipeline stage (which parameters), then one tensor at a time from the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +32,35 @@ from hpcmlx.parallel.tensor import Shares, apply_plan, vocab_interval
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
+class Attached(Protocol):
+    """Parameters that something other than the checkpoint provides: an adapter, old or new."""
+
+    @property
+    def sources(self) -> Collection[str]:
+        """Paths of the parameters that it provides."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of its files that were read."""
+
+    def arrays(
+        self, paths: Iterable[str], cuts: Mapping[str, Cut]
+    ) -> Iterator[tuple[str, mx.array]]:
+        """(path, evaluated array) of those of `paths` that it provides, cut for this rank."""
+
+    def settle(self, paths: Iterable[str]) -> None:
+        """Called once everything in `paths` is in memory. Collective over the tp group."""
+
+    def describe(self, paths: Iterable[str]) -> str:
+        """One phrase: what of it is among `paths`."""
+
+    def close(self) -> None:
+        """Close its files."""
+
+
+Attach = Callable[[Skeleton], Attached]
+
+
 @dataclass
 class LoadedModel:
     """This rank's part of a model, ready to run.
@@ -46,6 +75,10 @@ class LoadedModel:
         bytes_read: weight bytes read from the files.
         layer_ranges: layers of each stage.
         adapter: what of an adapter is on this rank, in words; empty without one.
+        flow: the traced dataflow; None for a whole model that nobody asked to trace.
+        cuts: which part of a parameter this rank holds, of those that are cut.
+        shapes: of every parameter of the whole model.
+        parameters: paths of those that this rank's stage holds, in the model's order.
     """
 
     stage: Stage
@@ -57,6 +90,10 @@ class LoadedModel:
     bytes_read: int
     layer_ranges: list[Interval]
     adapter: str = ""
+    flow: Dataflow | None = None
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         layers = "+".join(str(stop - start) for start, stop in self.layer_ranges)
@@ -76,7 +113,9 @@ def load_model(
     weights: str = "auto",
     tp_shares: Sequence[float] | None = None,
     pp_layers: Sequence[int] | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Attach | None = None,
+    chunk: tuple[int, int] = (0, 1),
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> LoadedModel:
     """Load this rank's part of a model.
 
@@ -87,7 +126,12 @@ def load_model(
             where packed products are many times slower than float32 ones.
         tp_shares: relative share of each tensor-parallel rank; None is equal.
         pp_layers: layers of each stage; None balances the bytes that a token must read.
-        adapter: what `open_adapter` opens; None for the plain model.
+        adapter: what `open_adapter` opens, or a function that attaches something to the skeleton;
+            None for the plain model.
+        chunk: (number, how many): with several stages on each rank, interleaved, which of this
+            rank's to load. `check_coverage` is then the caller's.
+        prepare: is given the model before it is cut into stages, e.g. to wrap layers. The dataflow
+            is traced, whatever the layout, where this is not None.
 
     Raises:
         ConfigError: the architecture, the layout or the adapter is refused; nothing has been read.
@@ -98,9 +142,14 @@ def load_model(
         checkpoint.config, checkpoint.tensors, DTYPES.get(dtype), _weight_format(weights)
     )
     model = skeleton.model
-    lora = None if adapter is None else attach(skeleton, open_adapter(adapter))
+    lora: Attached | None = None
+    if adapter is not None:
+        lora = adapter(skeleton) if callable(adapter) else attach(skeleton, open_adapter(adapter))
     num_layers = len(find_layers(model))
-    flow = trace(model) if mesh.dims.pp > 1 else None
+    number, num_chunks = chunk
+    num_stages = mesh.dims.pp * num_chunks
+    flow = trace(model) if num_stages > 1 or prepare else None
+    shapes = {path: array.shape for path, array in tree_flatten(model.parameters())}
     sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
     vocab = vocab_size(model)
     cuts: dict[str, Cut] = {}
@@ -110,12 +159,15 @@ def load_model(
         shares = Shares(tuple(tp_shares) if tp_shares else (1.0,) * mesh.dims.tp)
         cuts = apply_plan(model, plan, mesh.tp_group, shares)
         interval = vocab_interval(model) or interval
-    ranges = stage_layers(num_layers, mesh.dims.pp, pp_layers, flow, sizes)
+    ranges = stage_layers(num_layers, num_stages, pp_layers, flow, sizes)
     check_layers(num_layers, ranges)
-    stage = build_stage(model, flow, *ranges[mesh.pp])
+    if prepare:
+        prepare(model)
+    stage = build_stage(model, flow, *ranges[number * mesh.dims.pp + mesh.pp])
     reader = _Reader(checkpoint, skeleton, cuts)
     wanted = [path for path in sizes if path in stage.parameters]
-    _check_coverage(mesh, wanted, sizes)
+    if num_chunks == 1:
+        check_coverage(mesh, wanted, sizes)
     num_bytes = 0
     provided = lora.sources if lora else {}
     arrays = reader.arrays([path for path in wanted if path not in provided])
@@ -128,8 +180,8 @@ def load_model(
     checkpoint.close()
     if lora:
         lora.settle(wanted)
-        bytes_read += lora.adapter.bytes_read
-        lora.adapter.close()
+        bytes_read += lora.bytes_read
+        lora.close()
     return LoadedModel(
         stage,
         skeleton.config,
@@ -140,6 +192,10 @@ def load_model(
         bytes_read,
         ranges,
         lora.describe(wanted) if lora else "",
+        flow,
+        cuts,
+        shapes,
+        tuple(wanted),
     )
 
 
@@ -206,10 +262,14 @@ def stage_layers(
     return offsets(balance_layers(costs, num_stages, last_cost=head))
 
 
-def _check_coverage(mesh: Mesh, wanted: Sequence[str], sizes: Mapping[str, int]) -> None:
-    """Every parameter is loaded by some stage: asserted at every start."""
+def check_coverage(mesh: Mesh, wanted: Collection[str], paths: Collection[str]) -> None:
+    """Every one of the model's parameters `paths` is loaded by some stage: asserted at every start.
+
+    Raises:
+        IntegrityError: one is not.
+    """
     loaded = set().union(*mesh.replica.allgather(set(wanted)))
-    if left_out := sorted(sizes.keys() - loaded):
+    if left_out := sorted(set(paths) - loaded):
         raise IntegrityError(
             f"{len(left_out)} parameters belong to no stage, for example {left_out[0]}; "
             "use parallel.pp=1 and report the model"

@@ -30,12 +30,14 @@ from hpcmlx.parallel.tracing import first_argument, flatten, rebuild, subclass_c
 
 __all__ = [
     "Dataflow",
+    "Head",
     "Leaf",
     "Stage",
     "build_stage",
     "check_layers",
     "check_stage",
     "find_layers",
+    "split_head",
     "trace",
 ]
 
@@ -99,20 +101,101 @@ class Stage:
         Returns:
             The arrays of `sends`; on the last stage the logits [batch, length, vocab].
         """
-        if self._own is None:
-            return self.model(tokens, cache=cache)
-        arrays = dict(zip(((x.layer, x.index) for x in self.receives), inputs, strict=True))
-        batch, length = tokens.shape
-        self._arrays, self._size = arrays, (batch, length)
-        try:
-            logits = self.model(tokens, cache=None if cache is None else self.expand(cache))
-        finally:
-            self._arrays = {}
+        outputs = self.run(tokens, inputs, None if cache is None else self.expand(cache))
         if cache is not None and self._shadows:
-            step = mx.zeros((batch, 1, length, 1))
+            step = mx.zeros((*tokens.shape[:1], 1, tokens.shape[1], 1))
             for position in self._shadows:
                 _advance(cache[position], step)
+        return outputs
+
+    def run(
+        self, tokens: mx.array, inputs: Sequence[mx.array], caches: list[Any] | None
+    ) -> list[mx.array] | mx.array:
+        """`__call__` with a cache for every entry of the model's list, whoever's layer it is."""
+        if self._own is None:
+            return self.model(tokens, cache=caches)
+        arrays = dict(zip(((x.layer, x.index) for x in self.receives), inputs, strict=True))
+        self._arrays, self._size = arrays, tokens.shape
+        try:
+            logits = self.model(tokens, cache=caches)
+        finally:
+            self._arrays = {}
         return logits if self.last else [arrays[leaf.layer, leaf.index] for leaf in self.sends]
+
+
+class Head:
+    """What a model does behind its last layer, as a stage without layers. Made by `split_head`.
+
+    Training computes its loss in pieces of the sequence, so that logits [batch, seq, vocab] are
+    never whole: it runs the stage for what the head `receives`, and the head on pieces of that.
+
+    Attributes:
+        receives: outputs of layers that the logits are made of, in order.
+        parameters: names of the parameters that the logits are directly made of.
+    """
+
+    def __init__(self, stage: Stage, flow: Dataflow) -> None:
+        self._stage, self._active = stage, False
+        keys = flow.crossing(flow.num_layers)
+        self.receives = tuple(flow.leaves[key] for key in keys)
+        self.parameters = frozenset(flow.needs[LOGITS].parameters)
+        self._made: dict[Key, mx.array] = {}
+        self._arrays: dict[Key, mx.array] = {}
+        self._size = (0, 0)
+        for index, layer in enumerate(find_layers(stage.model)):
+            if (output := flow.outputs[index]) is not None:
+                own = [key for key in keys if key[0] == index]
+                subclass_call(layer, self._switch(layer, flow, output, index, own))
+
+    def _switch(
+        self, layer: nn.Module, flow: Dataflow, output: Output, index: int, own: list[Key]
+    ) -> Callable[..., Any]:
+        run, skip = type(layer).__call__, _pass_through(self, flow, output, index)
+
+        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._active:
+                return skip(layer, *args, **kwargs)
+            result = run(layer, *args, **kwargs)
+            for key in own:
+                self._made[key] = _handle(flatten(result)[key[1]])
+            return result
+
+        return call
+
+    def body(
+        self, tokens: mx.array, inputs: Sequence[mx.array] = (), caches: list[Any] | None = None
+    ) -> list[mx.array]:
+        """Run the last stage up to the head, lazily; the arrays of `receives`.
+
+        Args:
+            caches: one for every entry of the model's cache list, or None.
+        """
+        try:
+            self._stage.run(tokens, inputs, caches)
+            return [self._made[leaf.layer, leaf.index] for leaf in self.receives]
+        finally:
+            self._made = {}
+
+    def __call__(self, tokens: mx.array, arrays: Sequence[mx.array]) -> mx.array:
+        """Logits [batch, length, vocab] of tokens [batch, length] from the arrays of `receives`."""
+        keys = ((leaf.layer, leaf.index) for leaf in self.receives)
+        self._arrays = dict(zip(keys, arrays, strict=True))
+        self._size, self._active = tokens.shape, True
+        try:
+            return self._stage.model(tokens)
+        finally:
+            self._arrays, self._active = {}, False
+
+
+def split_head(stage: Stage, flow: Dataflow) -> Head:
+    """The head of the last stage, to be run by itself; the stage goes on as before.
+
+    Raises:
+        ConfigError: this is not the last stage.
+    """
+    if not stage.last:
+        raise ConfigError(f"{flow.model_type}: layers before {stage.stop} have no head")
+    return Head(stage, flow)
 
 
 def _advance(cache: Any, step: mx.array) -> None:
@@ -280,7 +363,7 @@ def _capture(stage: Stage, layer: nn.Module, keys: list[Key]) -> Callable[..., A
     return call
 
 
-def _pass_through(stage: Stage, flow: Dataflow, output: Output, index: int) -> Callable[..., Any]:
+def _pass_through(stage: Stage | Head, flow: Dataflow, output: Output, index: int) -> Callable[..., Any]:
     """A layer of another stage: what was received of it, else its input or zeros of its shape."""
     structure, leaves = output.structure, output.leaves
     received = {(leaf.layer, leaf.index) for leaf in stage.receives}

@@ -246,7 +246,7 @@ class _Cutter:
         for name, array in _arrays(self.modules[path]).items():
             if name in ("weight", "scales", "biases", "lora_up"):
                 self._cut(path, name, Cut(array.ndim - 2, merge(intervals)))
-            elif name in ("bias", "dora_scale"):
+            elif name in ("bias", "dora_scale", "dora_magnitude"):
                 self._cut(path, name, Cut(array.ndim - 1, merge(intervals)))
             else:
                 self._keep_whole(path, name)
@@ -295,7 +295,8 @@ class _Cutter:
     def _keep_whole(self, path: str, name: str) -> None:
         # nvfp4's scale of a whole expert and what of an adapter lies along the other axis; anything
         # else is a parameter nobody thought of.
-        if name not in ("global_scale", "lora_down", "lora_up", "dora_scale"):
+        known = ("global_scale", "lora_down", "lora_up", "dora_scale", "dora_magnitude")
+        if name not in known:
             raise self._refuse(f"no way is known to cut {path}.{name}")
 
     def _become(self, path: str, behaviour: type[nn.Module], **attributes: Any) -> None:
