@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmlx.errors import ConfigError, UsageError
-from hpcmlx.schema import (
+from hpcmlx.schema import config_hash, describe, from_dict, keys, to_dict, unknown_key
+from hpcmlx.settings import (
     DataConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -33,18 +34,14 @@ from hpcmlx.schema import (
     ParallelConfig,
     SamplingConfig,
     ScoringConfig,
-    config_hash,
-    describe,
-    from_dict,
-    keys,
-    to_dict,
-    unknown_key,
 )
+from hpcmlx.settings_finetune import FinetuneConfig
 
 __all__ = [
     "CommandLine",
     "DataConfig",
     "EvaluateConfig",
+    "FinetuneConfig",
     "GenerateConfig",
     "InferenceConfig",
     "JobConfig",

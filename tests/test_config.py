@@ -49,7 +49,7 @@ def test_groups_files_and_command_line():
     [
         ("sampling.temprature=1", ["sampling.temprature", "did you mean sampling.temperature?"]),
         ("temperature=1", ["unknown key temperature", "did you mean sampling.temperature?"]),
-        ("modle=smollm2", ["unknown key modle", "valid: input, model, parallel"]),
+        ("modle=smollm2", ["unknown key modle", "valid: model, parallel"]),
         ("+sampling.beams=4", ["sampling.beams", "sampling.top_k, sampling.min_p"]),
         ("evaluate.window=4", ["unknown key evaluate.window"]),
         ("hydra.run.dir=x", ["unknown key hydra.run.dir"]),

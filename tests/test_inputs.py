@@ -22,7 +22,7 @@ from hpcmlx.inference.request import InputRow
 from hpcmlx.inference.sampling import SamplingParams, row_seed
 from hpcmlx.models import tokenizer as tokenizer_module
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.schema import DataConfig
+from hpcmlx.settings import DataConfig
 from tests.fixtures import model, save_tokenizer  # noqa: F401 - a fixture
 
 DEFAULTS = SamplingParams(temperature=0.5, seed=7, max_tokens=20)

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
 LAYERS = ["blas", "errors", "faults", "files", "rundir", "log", "orphans", "schema"]
-LAYERS += ["config", "launch", "comm", "mesh", "parallel", "models", "observe", "inference"]
-LAYERS += ["bench", "job"]
+LAYERS += ["settings", "settings_finetune", "config", "launch", "comm", "mesh", "parallel"]
+LAYERS += ["models", "observe", "inference", "training", "bench", "job"]
 PURE = {"errors", "faults", "files", "rundir", "log", "orphans", "schema", "config", "launch"}
+PURE |= {"settings", "settings_finetune"}
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 MODULES = [p for p in MODULES if p != Path("hpcmlx/__init__.py")]
 

@@ -31,7 +31,7 @@ from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.models.tokenizer import ChatRenderer
 from hpcmlx.observe.progress import ProgressBar
-from hpcmlx.schema import EvaluateConfig
+from hpcmlx.settings import EvaluateConfig
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from hpcmlx.inference.scoring import ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.progress import ProgressBar
-from hpcmlx.schema import EvaluateConfig
+from hpcmlx.settings import EvaluateConfig
 
 
 @dataclass(frozen=True)

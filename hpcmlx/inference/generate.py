@@ -37,7 +37,7 @@ from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.observe.status import RankReport, State, StatusWriter
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.rundir import MANIFEST, check_room
-from hpcmlx.schema import GenerateConfig
+from hpcmlx.settings import GenerateConfig
 
 _log = logging.getLogger(__name__)
 

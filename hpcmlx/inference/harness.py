@@ -31,7 +31,7 @@ from hpcmlx.inference.scoring import Score, ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.progress import ProgressBar
-from hpcmlx.schema import EvaluateConfig
+from hpcmlx.settings import EvaluateConfig
 
 #: Where config.json does not say how much a model can see at once; lm-eval's own default.
 DEFAULT_CONTEXT = 2048

@@ -24,7 +24,7 @@ from hpcmlx.inference.jsonl import MAX_LINE, json_lines, parse
 from hpcmlx.inference.request import NUMBER_KINDS, ROW_KEYS, BadRow, InputRow, RequestBuilder
 from hpcmlx.inference.rows import Request, RowError
 from hpcmlx.inference.sampling import SamplingParams
-from hpcmlx.schema import DataConfig
+from hpcmlx.settings import DataConfig
 
 _CHUNK = 1024  # rows of a Parquet or HDF5 file in memory at once
 _LISTED = 10  # ids or lines that a refusal names

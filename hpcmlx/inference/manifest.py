@@ -20,7 +20,7 @@ from hpcmlx.files import write_atomic
 from hpcmlx.models.checkpoint import FETCH_PATTERNS, Checkpoint, GGUFCheckpoint
 from hpcmlx.models.checksums import CHECKSUMS, sha256_of
 from hpcmlx.rundir import MANIFEST
-from hpcmlx.schema import GenerateConfig
+from hpcmlx.settings import GenerateConfig
 
 _VERSIONS = ("hpcmlx", "mlx", "mlx-lm")
 # Of a weight file, so much is hashed: its header and blocks spread over it. Another training step

@@ -160,11 +160,9 @@ def _spread(array: mx.array, cut: Cut, shape: tuple[int, ...]) -> mx.array:
 
 def _in_block(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether a parameter that is whole on every rank has a part of its gradient on each."""
+    parallel = (layers.Block, layers.Rowwise, layers.VocabHead, layers.VocabEmbedding)
     path = name
-    while path:
-        path = path.rpartition(".")[0]
-        if isinstance(modules[path], layers.Block | layers.Rowwise | layers.VocabHead):
-            return True
-        if isinstance(modules[path], layers.VocabEmbedding):
+    while path := path.rpartition(".")[0]:
+        if isinstance(modules.get(path), parallel):
             return True
     return False
