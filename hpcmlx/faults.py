@@ -16,7 +16,10 @@ from hpcmlx.errors import ConfigError
 
 ENV = "HPCMLX_FAULT"
 KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv", "hang")
-_SPEC = re.compile(rf"rank=(\d+),step=(\d+),kind=({'|'.join(KINDS)})")
+#: What a step does to itself where it asks (`strikes`): a gradient that is no number, a bit of a
+#: parameter that flips.
+ASKED = ("nan", "flip")
+_SPEC = re.compile(rf"rank=(\d+),step=(\d+),kind=({'|'.join(KINDS + ASKED)})")
 
 
 def strike(rank: int, step: int) -> None:
@@ -33,15 +36,9 @@ def strike(rank: int, step: int) -> None:
     Raises:
         ConfigError: the variable is not `rank=R,step=N,kind=KIND`.
     """
-    text = os.environ.get(ENV)
-    if not text:
+    kind = _due(rank, step)
+    if kind is None or kind in ASKED:
         return
-    match = _SPEC.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"{ENV}={text!a}: expected rank=R,step=N,kind={'|'.join(KINDS)}")
-    if (rank, step) != (int(match[1]), int(match[2])):
-        return
-    kind = match[3]
     # Not sys.stderr, which a progress bar may hold.
     print(f"injected fault: {kind} at step {step} of rank {rank}", file=sys.__stderr__, flush=True)
     if kind == "exception":
@@ -54,3 +51,19 @@ def strike(rank: int, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSEGV)
     while True:
         time.sleep(60)
+
+
+def strikes(rank: int, step: int, kind: str) -> bool:
+    """Whether `HPCMLX_FAULT` says that this kind of `ASKED` fault is to happen here and now."""
+    return _due(rank, step) == kind
+
+
+def _due(rank: int, step: int) -> str | None:
+    text = os.environ.get(ENV)
+    if not text:
+        return None
+    match = _SPEC.fullmatch(text)
+    if match is None:
+        kinds = "|".join(KINDS + ASKED)
+        raise ConfigError(f"{ENV}={text!a}: expected rank=R,step=N,kind={kinds}")
+    return match[3] if (rank, step) == (int(match[1]), int(match[2])) else None

@@ -83,7 +83,7 @@ class Manifest:
             {"path": shown.get("input", config.input), "sha256": input_sha256},
             {
                 "path": shown.get("model.path", config.model.path),
-                "files": _fingerprint(checkpoint),
+                "files": fingerprint(checkpoint),
             },
             adapter,
             {key: _hidden(key, value, shown) for key, value in values.items()},
@@ -181,7 +181,7 @@ def _hidden(key: str, value: Any, shown: Mapping[str, str]) -> Any:
     return f"{shown[written[0]]} with SHA-256 {hashlib.sha256(_json(value).encode()).hexdigest()}"
 
 
-def _fingerprint(checkpoint: Checkpoint | GGUFCheckpoint) -> dict[str, str]:
+def fingerprint(checkpoint: Checkpoint | GGUFCheckpoint) -> dict[str, str]:
     """SHA-256 by file name of what a model consists of; of weight files that of a sample."""
     headers: dict[Path, int] = {}  # of each weight file: where its first tensor begins
     for info in checkpoint.tensors.values():

@@ -22,7 +22,7 @@ from hpcmlx.files import write_hdf5
 #: Spans that a rank keeps: those of the beginning of the run.
 LIMIT = 20_000
 #: What a span can be; all but "wait" count as busy.
-KINDS = ("prefill", "decode", "sample", "admit", "wait")
+KINDS = ("prefill", "decode", "sample", "admit", "wait", "forward", "backward")
 SPAN = np.dtype(
     [("begin", "f8"), ("end", "f8"), ("kind", "u1"), ("slot", "i4"), ("num_tokens", "i4")]
 )

@@ -149,7 +149,7 @@ class Executor:
         for number, microbatch in enumerate(microbatches):
             for chunk in self._chunks:
                 action = Action(Kind.FORWARD, chunk.number, number)
-                tokens = mx.array(microbatch.tokens)
+                tokens = microbatch.tokens
                 inputs = self._inputs(chunk, tokens)
                 self._wait(self._receive(action, inputs))
                 outputs = self._outputs(chunk, microbatch, tokens, inputs, chunk.held.get())
@@ -165,7 +165,7 @@ class Executor:
 
     def _forward(self, action: Action, microbatch: Microbatch, scale: float) -> float:
         chunk = self._chunks[action.chunk]
-        tokens = mx.array(microbatch.tokens)
+        tokens = microbatch.tokens
         inputs = self._inputs(chunk, tokens)
         self._wait(self._receive(action, inputs))
         if chunk.loss is None:
@@ -199,14 +199,14 @@ class Executor:
         stage = chunk.loaded.stage
         caches: list[Any] | None = None
         if microbatch.segments is not None:
-            caches = document_caches(stage.model, mx.array(microbatch.segments))
+            caches = document_caches(stage.model, microbatch.segments)
         if chunk.loss is None or chunk.head is None:
             return list(stage.run(tokens, inputs, caches))
         arrays = chunk.head.body(tokens, inputs, caches)
         own = chunk.head.parameters
         pairs = zip(chunk.names, trained, strict=True)
         used = {name: array for name, array in pairs if name in own}
-        return [chunk.loss(arrays, tokens, mx.array(microbatch.targets), used)]
+        return [chunk.loss(arrays, tokens, microbatch.targets, used)]
 
     def _backward(
         self, action: Action, add: Callable[[Mapping[str, mx.array]], None] | None

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import mlx.core as mx
 from mlx import nn
 
+from hpcmlx.comm import Communicator
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import take
 from hpcmlx.parallel import layers
 from hpcmlx.parallel.partition import Cut, Interval
+from hpcmlx.training.pieces import first_held
 
 # cut: every position on one rank. overlapping: some on several. partial: whole on all, where each
 # has a part of its gradient (inside a block). equal: whole on all, and so is its gradient.
@@ -32,8 +35,11 @@ class Place:
         shape: of the whole parameter.
         cut: the part that is here; None for all of it.
         kind: how the tensor-parallel ranks share it.
-        owned: the part that this rank answers for: None is all that is here, an empty cut nothing.
-        stages: of the stages (0 ... pp - 1, ranks of the pipeline) that hold it, all.
+        owned: the part that this rank answers for among its tensor-parallel partners: None is all
+            that is here, an empty cut nothing.
+        spans: where that lies in what is here, along the cut axis; None for all of it.
+        stages: which stages (ranks of the pipeline) hold it.
+        first: this rank's is the first of them, which answers for it.
     """
 
     shape: tuple[int, ...]
@@ -41,22 +47,31 @@ class Place:
     kind: Kind
     owned: Cut | None
     stages: tuple[int, ...]
+    first: bool = True
+    spans: tuple[Interval, ...] | None = None
 
     @property
     def owns_nothing(self) -> bool:
-        return self.owned is not None and not self.owned.intervals
+        """Whether others answer for all of it."""
+        return not self.first or (self.owned is not None and not self.owned.intervals)
 
     def own(self, array: mx.array) -> mx.array:
         """Of this rank's part of the parameter what it answers for, unevaluated."""
-        if self.owned is None or self.cut is None:
+        if self.spans is None or self.cut is None:
             return array
-        return take(array, Cut(self.cut.axis, tuple(_inside(self.owned, self.cut))))
+        return take(array, Cut(self.cut.axis, self.spans))
 
     def spread(self, array: mx.array) -> mx.array:
         """This rank's part in the whole shape, zero elsewhere; what it has twice is added up."""
         if self.cut is None:
             return array
         return _spread(array, self.cut, self.shape)
+
+    def spread_own(self, array: mx.array) -> mx.array:
+        """What this rank answers for in the whole shape, zero elsewhere."""
+        if self.cut is None:
+            return array
+        return _spread(self.own(array), self.owned or self.cut, self.shape)
 
     def local(self, whole: mx.array) -> mx.array:
         """This rank's part of the whole parameter."""
@@ -88,61 +103,47 @@ def find_places(
         stages = tuple(s for s in range(mesh.dims.pp) if held[s * tp])
         row = everyone[mesh.pp * tp : (mesh.pp + 1) * tp]
         cut = cuts.get(name)
-        kind: Kind
-        owned: Cut | None
-        if tp == 1:
-            kind, owned = "cut", None
-        elif cut is None:
+        kind: Kind = "cut"
+        owned: Cut | None = None
+        spans: tuple[Interval, ...] | None = None
+        if cut is None and tp > 1:
             kind = "partial" if _in_block(modules, name) else "equal"
             owned = None if mesh.tp == 0 else NOTHING
-        else:
-            parts = owners([part[name].intervals for part in row])
-            exact = all(
-                tuple(mine) == part[name].intervals for mine, part in zip(parts, row, strict=True)
-            )
-            kind = "cut" if exact else "overlapping"
-            owned = None if exact else Cut(cut.axis, tuple(parts[mesh.tp]))
-        if stages[0] != mesh.pp:
-            owned = NOTHING
-        places[name] = Place(shapes[name], cut, kind, owned, stages)
+        elif cut is not None and _overlap([part[name] for part in row]):
+            kind = "overlapping"
+            taken = [span for part in row[: mesh.tp] for span in part[name].intervals]
+            owned, found = first_held(cut, taken)
+            spans = tuple(found)
+        first = stages[0] == mesh.pp
+        places[name] = Place(shapes[name], cut, kind, owned, stages, first, spans)
     return places
 
 
-def owners(held: Sequence[Sequence[Interval]]) -> list[list[Interval]]:
-    """What each rank answers for, of the intervals that each holds: a position is the first's that
-    holds it. Pure."""
-    taken: list[Interval] = []
-    result = []
-    for intervals in held:
-        mine: list[Interval] = []
-        for interval in intervals:
-            free = [interval]
-            for start, stop in taken:
-                free = [
-                    (a, b)
-                    for low, high in free
-                    for a, b in ((low, min(high, start)), (max(low, stop), high))
-                    if a < b
-                ]
-            mine += free
-            taken += free
-        result.append(mine)
-    return result
+class Gathered:
+    """Whole tensors from the parts of the tensor-parallel ranks, for optimizers that need them
+    (`optim.Whole`). All of these ranks call it in the same order."""
+
+    def __init__(self, group: Communicator, places: Mapping[str, Place]):
+        self._group, self._places = group, places
+
+    def gather(self, path: str, array: mx.array) -> mx.array:
+        """The whole of something that is cut as parameter `path`, equal on every rank. Evaluates
+        it."""
+        place = self._places[path]
+        if place.cut is None or self._group.size == 1:
+            return array
+        (whole,) = self._group.sum_arrays([place.spread_own(array).astype(mx.float32)])
+        return whole.astype(array.dtype)
+
+    def local(self, path: str, whole: mx.array) -> mx.array:
+        """This rank's part of it."""
+        return self._places[path].local(whole)
 
 
-def _inside(part: Cut, whole: Cut) -> list[Interval]:
-    """Where the intervals of `part` lie in an array cut by `whole`."""
-    found = []
-    for start, stop in part.intervals:
-        at = 0
-        for low, high in whole.intervals:
-            if low <= start and stop <= high:
-                found.append((at + start - low, at + stop - low))
-                break
-            at += high - low
-        else:
-            raise ValueError(f"{start}:{stop} is not in one piece of {whole.intervals}")
-    return found
+def _overlap(cuts: Sequence[Cut]) -> bool:
+    """Whether some position is held twice."""
+    spans = sorted(span for cut in cuts for span in cut.intervals)
+    return any(before[1] > after[0] for before, after in pairwise(spans))
 
 
 def _spread(array: mx.array, cut: Cut, shape: tuple[int, ...]) -> mx.array:

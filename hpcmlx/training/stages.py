@@ -39,6 +39,10 @@ class Stages:
     num_trained: int
     num_parameters: int
 
+    def __str__(self) -> str:
+        share = self.num_trained / self.num_parameters
+        return f"{self.num_trained:,} parameters are trained ({share:.2%})"
+
     def parameters(self) -> dict[str, mx.array]:
         """The trained parameters that are here."""
         found: dict[str, mx.array] = {}

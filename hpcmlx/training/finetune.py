@@ -1,0 +1,394 @@
+"""One launch of fine-tuning: prepare, go on where an earlier launch has stopped, train, leave
+results. `jobs/finetune.py` tells the story, `trainer.py` has the single acts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
+from hpcmlx.files import write_atomic
+from hpcmlx.inference.engine import Engine
+from hpcmlx.inference.manifest import fingerprint
+from hpcmlx.inference.rows import Request, RowResult
+from hpcmlx.inference.sampling import SamplingParams
+from hpcmlx.mesh import Mesh
+from hpcmlx.models.checkpoint import Checkpoint
+from hpcmlx.models.gguf import GGUFCheckpoint
+from hpcmlx.models.tokenizer import ChatRenderer
+from hpcmlx.observe import curves, gantt
+from hpcmlx.observe.memory import format_bytes
+from hpcmlx.observe.metrics import Metrics, format_step, read_metrics
+from hpcmlx.observe.summary import peak_memory, write_summary
+from hpcmlx.observe.timeline import Timeline
+from hpcmlx.settings_finetune import FinetuneConfig
+from hpcmlx.training.batches import Batches
+from hpcmlx.training.checkpoint import CheckpointStore
+from hpcmlx.training.dataset import Dataset, open_dataset
+from hpcmlx.training.examples import ExampleSettings
+from hpcmlx.training.executor import Executor
+from hpcmlx.training.methods import Method
+from hpcmlx.training.optim import Optimizer, OptimSettings
+from hpcmlx.training.placement import Gathered
+from hpcmlx.training.reduce import GradientSum
+from hpcmlx.training.stages import Stages, load_stages
+from hpcmlx.training.trainer import StepResult, Trainer
+from hpcmlx.training.zero import Zero1
+
+#: In the run directory.
+CHECKPOINTS, SAMPLES = "checkpoints", "samples.jsonl"
+
+_log = logging.getLogger(__name__)
+
+
+class DivergedError(HpcmlxError):
+    """Losses or gradients stopped being numbers."""
+
+    exit_code = ExitCode.INTERNAL
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what it is measured with.
+
+    Attributes:
+        valid, valid_batches: None where nothing is evaluated.
+    """
+
+    train: Dataset
+    batches: Batches
+    valid: Dataset | None
+    valid_batches: Batches | None
+
+
+def open_data(cfg: FinetuneConfig, mesh: Mesh, tokenizer: Any) -> Data:
+    """Tokenize, or find what was tokenized before. Collective."""
+    own, train = cfg.data, cfg.train
+    settings = ExampleSettings(own.max_length, own.targets, own.too_long)
+    common: dict[str, Any] = {
+        "global_batch_size": train.batch_size,
+        "micro_batch_size": train.micro_batch_size,
+        "max_length": own.max_length,
+        "dp": mesh.dims.dp,
+        "packing": own.packing,
+        "seed": train.seed,
+    }
+    split = "train" if own.valid else None
+    dataset = open_dataset(own.train, tokenizer, settings, own.cache, mesh.world, split=split)
+    length: dict[str, int] = (
+        {"num_steps": train.steps} if train.steps else {"num_epochs": train.num_epochs}
+    )
+    batches = Batches(dataset.lengths, dataset.num_targets, **common, **length)
+    if not own.valid:
+        return Data(dataset, batches, None, None)
+    valid = open_dataset(own.valid, tokenizer, settings, own.cache, mesh.world, split="valid")
+    valid_batches = Batches(valid.lengths, valid.num_targets, **common, num_epochs=1)
+    return Data(dataset, batches, valid, valid_batches)
+
+
+def build_trainer(
+    cfg: FinetuneConfig, mesh: Mesh, stages: Stages, total_steps: int, timeline: Timeline
+) -> tuple[Trainer, GradientSum]:
+    """The trainer and the sums it works with, which the caller closes."""
+    own = vars(cfg.optim).copy()
+    clip, zero1 = own.pop("clip_norm"), own.pop("zero1")
+    own["no_decay"] = tuple(own["no_decay"])
+    own["betas"] = None if own["betas"] is None else tuple(own["betas"])
+    gathered = Gathered(mesh.tp_group, stages.places)
+    optimizer: Optimizer | Zero1 = Optimizer(OptimSettings(**own), total_steps, gathered)
+    if zero1:
+        sizes = {name: math.prod(place.shape) for name, place in stages.places.items()}
+        optimizer = Zero1(optimizer, mesh.dp_group, sizes)
+    gradient_sum = GradientSum(mesh, stages.places)
+    executor = Executor(mesh, stages.chunks, recompute=cfg.train.recompute, timeline=timeline)
+    trainer = Trainer(
+        mesh,
+        stages,
+        executor,
+        gradient_sum,
+        optimizer,
+        schedule=cfg.train.schedule,
+        clip_norm=clip,
+    )
+    return trainer, gradient_sum
+
+
+def load(cfg: FinetuneConfig, mesh: Mesh) -> Stages:
+    """Load this rank's stages with what is to be trained in them. Collective."""
+    own, train = cfg.method, cfg.train
+    method = Method(
+        own.kind, own.rank, own.scale, own.num_layers, tuple(own.modules), seed=train.seed
+    )
+    options = cfg.load_options()
+    del options["adapter"]
+    return load_stages(
+        cfg.model.path,
+        mesh,
+        method,
+        num_chunks=train.num_chunks,
+        recompute=train.recompute,
+        loss_chunk=train.loss_chunk,
+        **options,
+    )
+
+
+@dataclass
+class Progress:
+    """Where a run is, beside its parameters; the same on every rank and in every checkpoint.
+
+    Attributes:
+        step: the next one.
+        best: lowest evaluation loss so far.
+        without_better: evaluations since then.
+        bad_in_row, num_skipped: steps whose gradients were not finite: now in a row, and in all.
+        num_tokens: trained on.
+    """
+
+    step: int = 0
+    best: float | None = None
+    without_better: int = 0
+    bad_in_row: int = 0
+    num_skipped: int = 0
+    num_tokens: int = 0
+
+
+@dataclass
+class Run:
+    """A launch under way."""
+
+    cfg: FinetuneConfig
+    mesh: Mesh
+    run_dir: Path
+    data: Data
+    trainer: Trainer
+    store: CheckpointStore
+    tokenizer: Any
+    identity: Mapping[str, Any]
+    progress: Progress = field(default_factory=Progress)
+    _valid_loss: float | None = None
+    _pause: float = 0.0
+
+    def train(self, metrics: Metrics) -> ExitCode:
+        """Go through the steps that are left; ends early where it is asked to or sees no gain."""
+        cfg, progress, total = self.cfg.train, self.progress, self.data.batches.num_steps
+        signal.signal(signal.SIGUSR1, self._on_signal)
+        while progress.step < total:
+            n = progress.step
+            result = self.trainer.step(n, self.data.batches, self.data.train)
+            progress.step, progress.num_tokens = n + 1, progress.num_tokens + result.num_tokens
+            self._log_step(metrics, n, total, result)
+            self._judge(result)
+            last = progress.step == total
+            if cfg.check_every and progress.step % cfg.check_every == 0:
+                self.trainer.check_replicas()
+            if last or (cfg.eval_every and progress.step % cfg.eval_every == 0):
+                self._evaluate(metrics, n)
+            enough = cfg.patience is not None and progress.without_better >= cfg.patience
+            due = cfg.save_every and progress.step % cfg.save_every == 0
+            if due or last or enough or result.asked_to_stop:
+                self._save(metrics)
+            self.store.poll(wait=last or enough or result.asked_to_stop)
+            if result.asked_to_stop and not last:
+                _log.info("asked to stop: step %d of %d is saved", progress.step, total)
+                return ExitCode.PREEMPTED
+            if enough:
+                _log.info(
+                    "no better loss in %d evaluations: stopping after step %d",
+                    cfg.patience,
+                    progress.step,
+                )
+                break
+        return ExitCode.OK
+
+    def _on_signal(self, *_: object) -> None:
+        self.trainer.stop = True
+
+    def _log_step(self, metrics: Metrics, n: int, total: int, result: StepResult) -> None:
+        memory = peak_memory()
+        peak = memory.get("peak_metal_bytes", memory["peak_rss_bytes"])
+        values: dict[str, float] = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": self.trainer.learning_rate(n),
+            "tokens_per_sec": result.num_tokens / result.seconds,
+            "peak_memory_gib": peak / 2**30,
+            "idle": result.idle,
+            "skipped": float(result.skipped),
+            "seconds": result.seconds,
+            "save_seconds": self._pause,
+        }
+        self._pause = 0.0
+        metrics.log(n, values)
+        if self.mesh.world.rank == 0:
+            _log.info("%s", format_step(n, total, values))
+
+    def _judge(self, result: StepResult) -> None:
+        progress, most = self.progress, self.cfg.train.max_bad_steps
+        if not result.skipped:
+            progress.bad_in_row = 0
+            return
+        progress.bad_in_row += 1
+        progress.num_skipped += 1
+        _log.warning(
+            "step %d: loss %s, gradient %s: nothing was changed", progress.step - 1,
+            result.loss, result.grad_norm,
+        )  # fmt: skip
+        if progress.bad_in_row >= most:
+            raise DivergedError(
+                f"loss or gradient was not finite in {progress.bad_in_row} steps in a row, the "
+                f"last of them step {progress.step - 1}: lower optim.learning_rate, or use "
+                "model.dtype=float32; the last checkpoint is from before"
+            )
+
+    # -- evaluation --
+
+    def _evaluate(self, metrics: Metrics, n: int) -> None:
+        data, progress = self.data, self.progress
+        if data.valid is not None and data.valid_batches is not None:
+            begin = time.perf_counter()
+            loss = self.trainer.evaluate(data.valid_batches, data.valid)
+            self._valid_loss = loss
+            better = progress.best is None or loss < progress.best
+            progress.best = loss if progress.best is None else min(loss, progress.best)
+            progress.without_better = 0 if better else progress.without_better + 1
+            seconds = time.perf_counter() - begin
+            metrics.log(n, {"loss": loss, "seconds": seconds}, "eval")
+            if self.mesh.world.rank == 0:
+                _log.info("evaluation: loss %.4f, perplexity %.2f", loss, math.exp(loss))
+        if self.cfg.train.prompts:
+            self._answer(n)
+
+    def _answer(self, n: int) -> None:
+        """Answer `train.prompts` with the model as it is, through the inference engine."""
+        render = ChatRenderer(self.tokenizer)
+        prompts = self.cfg.train.prompts
+        sampling = SamplingParams(max_tokens=self.cfg.train.prompt_tokens)
+        requests = [
+            Request(i, str(i), tuple(render([{"role": "user", "content": text}])), sampling)
+            for i, text in enumerate(prompts)
+        ]
+        rows: list[RowResult] = []
+        loaded = self.trainer.stages.chunks[0].loaded
+        Engine(loaded, self.mesh, self.tokenizer).run(requests, rows.append)
+        everyone = self.mesh.world.gather(rows)
+        if everyone is None:
+            return
+        answers = {row.index: row.text for part in everyone for row in part}
+        with (self.run_dir / SAMPLES).open("a", encoding="utf-8") as file:
+            for i, text in enumerate(prompts):
+                row = {"step": n, "prompt": text, "answer": answers[i]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                _log.info("%s -> %s", text, " ".join(answers[i].split()))
+
+    # -- checkpoints --
+
+    def _save(self, metrics: Metrics) -> None:
+        begin = time.perf_counter()
+        self.trainer.check_replicas()
+        metrics.flush()
+        state = {**self.identity, "progress": asdict(self.progress)}
+        self.store.save(self.progress.step, self.trainer.pieces(), state, self._valid_loss)
+        self._pause = time.perf_counter() - begin
+
+    def go_on(self) -> None:
+        """Take up the newest checkpoint, if there is one. Collective.
+
+        Raises:
+            ConfigError: it is of another run; says what differs.
+        """
+        found = self.store.find()
+        if found is None:
+            return
+        with found:
+            check_identity(found.state, self.identity, self.run_dir)
+            self.progress = Progress(**found.state["progress"])
+            self.trainer.restore(found)
+        _log.info("going on after step %d", self.progress.step)
+
+
+def identity(
+    cfg: FinetuneConfig,
+    checkpoint: Checkpoint | GGUFCheckpoint,
+    data: Data,
+) -> dict[str, Any]:
+    """What must be the same when a run goes on, and what an export has to know."""
+    train = cfg.train
+    return {
+        "model": {"path": str(Path(cfg.model.path).absolute()), "files": fingerprint(checkpoint)},
+        "method": asdict(cfg.method),
+        "optim": asdict(cfg.optim) | {"zero1": None},  # where the state lies, not what it is
+        "data": {
+            "train": data.train.content_hash,
+            "packing": cfg.data.packing,
+            "max_length": cfg.data.max_length,
+        },
+        "train": {"batch_size": train.batch_size, "seed": train.seed},
+        "num_steps": data.batches.num_steps,
+    }
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError: a checkpoint was written by another run than this one; says each difference.
+    """
+    differences = [
+        f"{key} was {json.dumps(was)}, is {json.dumps(value)}"
+        for key, was, value in _compared(before, now, "")
+        if key != "model.path"
+    ]
+    if differences:
+        raise ConfigError(
+            f"run directory {run_dir} was begun differently: {'; '.join(differences[:5])} (set it "
+            "back, or give another run_dir)"
+        )
+
+
+def _compared(before: Any, now: Any, key: str) -> Sequence[tuple[str, Any, Any]]:
+    """(dotted key, before, now) where they differ, of all that `now` has."""
+    if isinstance(now, Mapping) and isinstance(before, Mapping):
+        found: list[tuple[str, Any, Any]] = []
+        for name, value in now.items():
+            found += _compared(before.get(name), value, f"{key}.{name}" if key else name)
+        return found
+    same = json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
+    return [] if same else [(key, before, now)]
+
+
+def leave_results(run: Run, timeline: Timeline, seconds: float) -> None:
+    """`summary.json` and, where matplotlib is installed, the pictures. Collective."""
+    mesh, progress = run.mesh, run.progress
+    totals = {
+        "layout": str(mesh.dims),
+        "steps": progress.step,
+        "tokens": progress.num_tokens,
+        "skipped_steps": progress.num_skipped,
+        "best_loss": progress.best,
+        "trained_parameters": run.trainer.stages.num_trained,
+        "seconds": round(seconds, 3),
+    }
+    ranks = write_summary(mesh.world, run.run_dir, totals, {})
+    place, layout = (mesh.dp, mesh.pp, mesh.tp), str(mesh.dims)
+    if lanes := timeline.save(mesh.world, place, run.run_dir, layout):
+        write_atomic(run.run_dir / gantt.PICTURE, gantt.draw(lanes, layout))
+    if ranks is None:
+        return
+    peak = max(rank["peak_rss_bytes"] for rank in ranks)
+    _log.info(
+        "%d steps, %d tokens in %.1f s; peak memory %s",
+        progress.step, progress.num_tokens, seconds, format_bytes(peak),
+    )  # fmt: skip
+    try:
+        curves.require_matplotlib()
+    except ConfigError as error:
+        _log.warning("no %s: %s", curves.PICTURE, error)
+        return
+    write_atomic(run.run_dir / curves.PICTURE, curves.draw(read_metrics(run.run_dir), layout))

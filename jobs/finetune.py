@@ -1,0 +1,62 @@
+"""Fine-tune a model spread over MPI ranks: LoRA, DoRA or all of its parameters.
+
+    mpirun -n 2 python jobs/finetune.py model=smollm2 parallel.pp=2 data.train=[chats.jsonl]
+    mpirun -n 4 python jobs/finetune.py model=smollm2 parallel.dp=2 parallel.tp=2 \
+        data.train=[data/] data.valid=[data/] train.eval_every=50 train.save_every=50
+    python jobs/finetune.py model=smollm2 data.train=[chats.jsonl]      # one process, no MPI
+    python jobs/finetune.py experiment=finetune_demo
+    python jobs/finetune.py resume=runs/20261123-231417-finetune-dp1_pp2_tp1
+
+The same command in the same `run_dir`, or `resume`, goes on after the last checkpoint, in any
+layout. Leaves checkpoints, `metrics.h5`, `metrics.csv` and `curves.png`; `jobs/export.py` makes
+adapters and models of a checkpoint. `--help` lists every setting.
+"""
+
+import time
+
+from hpcmlx.config import FinetuneConfig
+from hpcmlx.errors import ExitCode
+from hpcmlx.job import Job, run_job
+from hpcmlx.models.checkpoint import open_checkpoint
+from hpcmlx.models.checksums import verify_together
+from hpcmlx.models.tokenizer import load_tokenizer
+from hpcmlx.observe.gantt import require_matplotlib
+from hpcmlx.observe.metrics import Metrics
+from hpcmlx.observe.sinks import open_sinks, require_sinks
+from hpcmlx.observe.timeline import OFF, Timeline
+from hpcmlx.training import finetune
+from hpcmlx.training.checkpoint import CheckpointStore
+
+
+def main(job: Job) -> ExitCode:
+    cfg, mesh = job.config, job.mesh
+    require_sinks(cfg.train.sinks)
+    if cfg.timeline:
+        require_matplotlib()
+    checkpoint = open_checkpoint(cfg.model.path)
+    if cfg.model.verify:
+        verify_together(checkpoint.path, mesh.world)
+    tokenizer = load_tokenizer(checkpoint)
+    data = finetune.open_data(cfg, mesh, tokenizer)
+    stages = finetune.load(cfg, mesh)
+    job.log.info("%s; %s", stages.chunks[0].loaded, stages)
+    timeline = Timeline() if cfg.timeline else OFF
+    timeline.align(mesh.world)
+    trainer, sums = finetune.build_trainer(cfg, mesh, stages, data.batches.num_steps, timeline)
+    keep = cfg.train.keep_last, cfg.train.keep_best
+    store = CheckpointStore(job.run_dir / finetune.CHECKPOINTS, mesh.world, *keep)
+    identity = finetune.identity(cfg, checkpoint, data)
+    run = finetune.Run(cfg, mesh, job.run_dir, data, trainer, store, tokenizer, identity)
+    run.go_on()
+    first = run.progress.step
+    sinks = open_sinks(cfg.train.sinks, job.run_dir, first) if job.is_root else []
+    begin = time.perf_counter()
+    with sums, Metrics(job.run_dir, sinks, first_step=first, enabled=job.is_root) as metrics:
+        code = run.train(metrics)
+    if code is ExitCode.OK:
+        finetune.leave_results(run, timeline, time.perf_counter() - begin)
+    return code
+
+
+if __name__ == "__main__":
+    run_job("finetune", FinetuneConfig, main)
