@@ -144,7 +144,7 @@ class Optimizer:
                 made[_MASTER] = parameter = parameter.astype(mx.float32)
             rule = self._rule(path, parameter)
             if isinstance(rule, optim.Adafactor):
-                parameter = self._whole.gather(path, parameter)
+                parameter = self._gather(path, parameter)
             if not (isinstance(rule, optim.SGD) and rule.momentum <= 0):
                 rule.init_single(parameter, made)
             self._roles[path] = list(made)
@@ -215,15 +215,19 @@ class Optimizer:
                 )
         return self._rules[name, decays]
 
+    def _gather(self, path: str, array: mx.array) -> mx.array:
+        # The order in memory decides in which order MLX adds up, so in the last digits.
+        return mx.contiguous(self._whole.gather(path, array))
+
     def _update(self, path: str, parameter: mx.array, gradient: mx.array) -> mx.array:
         assert self._roles is not None
         own = {role: self.state[f"{path}/{role}"] for role in self._roles[path]}
         before = own.pop(_MASTER, parameter)
         gradient = gradient.astype(before.dtype)
-        rule, whole = self._rule(path, before), self._whole
+        rule = self._rule(path, before)
         if isinstance(rule, optim.Adafactor):
-            gradient, before = whole.gather(path, gradient), whole.gather(path, before)
-            after = whole.local(path, rule.apply_single(gradient, before, own))
+            gradient, before = self._gather(path, gradient), self._gather(path, before)
+            after = self._whole.local(path, rule.apply_single(gradient, before, own))
         elif isinstance(rule, optim.Muon):
             after = self._muon(path, rule, gradient, before, own)
         else:
@@ -250,7 +254,7 @@ class Optimizer:
         update = own["v"]
         if rule.nesterov:
             update = gradient * (1 - momentum) + own["v"] * momentum
-        update = self._whole.gather(path, update)
+        update = self._gather(path, update)
         shape = update.shape
         rows, columns = shape[-2:]
         matrices = [
