@@ -45,13 +45,15 @@ def export_mlx_adapter(trained: Trained, base: str | Path, out: str | Path) -> E
         IntegrityError: checkpoint and base do not belong together.
         StorageError: writing failed half-way; nothing is left.
     """
-    model = _skeleton(open_checkpoint(base), "keep").model
-    update = Update(trained, model, base)
+    checkpoint = open_checkpoint(base)
+    update = Update(trained, _skeleton(checkpoint, "dequantize").model, base)
+    model = _skeleton(checkpoint, "keep").model
+    packed = {path for path, module in model.named_modules() if "scales" in module}
     num_layers = len(find_layers(model))
     settings: dict[str, Any] = {}
     if update.kind == "full":
         for path in update.whole:
-            if "scales" in update.modules[path.rpartition(".")[0]] and path.endswith(".weight"):
+            if path.removesuffix(".weight") in packed:
                 raise _refused(path, "mlx-lm cannot put a whole weight in place of a packed one")
         groups = [_group(update, path, path) for path in update.whole]
     else:
@@ -61,6 +63,14 @@ def export_mlx_adapter(trained: Trained, base: str | Path, out: str | Path) -> E
         settings = {"rank": update.rank, "scale": update.scale, "dropout": update.dropout}
         settings["keys"] = keys
         groups = [group for path in update.adapted for group in _mlx_factors(update, path)]
+        for path in update.adapted:
+            # It would take the norms of the packed integers, and say nothing.
+            if (
+                update.kind == "dora"
+                and path in packed
+                and isinstance(update.modules[path], EMBEDDINGS)
+            ):
+                raise _refused(path, "mlx-lm has no DoRA for a packed embedding")
         _check_with_mlx_lm(update, model, num_layers, settings, groups)
     config = {"fine_tune_type": update.kind, "num_layers": num_layers, "model": str(base)}
     config["lora_parameters"] = settings
@@ -195,13 +205,8 @@ def _check_with_mlx_lm(
     groups: Sequence[Group],
 ) -> None:
     """mlx-lm's own modules have these very tensors. `model` is changed; nothing is evaluated."""
-    dora = update.kind == "dora"
-    for path in update.adapted:
-        # It takes the norms of the packed integers, and says nothing.
-        if dora and isinstance(update.modules[path], nn.QuantizedEmbedding):
-            raise _refused(path, "mlx-lm has no DoRA for a packed embedding")
     try:
-        linear_to_lora_layers(model, num_layers, settings, use_dora=dora)
+        linear_to_lora_layers(model, num_layers, settings, use_dora=update.kind == "dora")
     except ValueError as error:
         raise _refused(update.adapted[0], f"mlx-lm says: {error}") from error
     shapes = {

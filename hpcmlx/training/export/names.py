@@ -7,12 +7,16 @@ them: what it only renames, or stacks, can be undone; what it computes with is r
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.models.adapters import SWITCHES
@@ -25,13 +29,12 @@ _EXPERT_NAMES: tuple[Mapping[str, str], ...] = (
     {},
     {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
 )
-# Where other checkpoints of the same model may have what MLX has under the first.
-_OTHER_PREFIXES = (
-    ("model.", ""),
-    ("model.", "transformer."),
-    ("language_model.", ""),
-    ("language_model.model.", "model.language_model."),
-)
+_IN_MLX = "the base is in MLX's format"
+# A `sanitize` that calls one of these renames or computes in ways that its results do not show.
+_REARRANGES = {
+    "concatenate", "flatten", "removeprefix", "replace", "reshape", "sub", "swapaxes", "take",
+    "transpose", "mx.split",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def find_names(
     """
     if has_hub_names(checkpoint):
         return _invert(skeleton, checkpoint.tensors, paths)
-    if other := _other_layout(skeleton):
-        return Names({}, frozenset(), dict.fromkeys(paths, other))
+    if calls := sorted(_called(skeleton.model) & _REARRANGES):
+        why = f"{_IN_MLX}, and how mlx-lm made it of others ({calls[0]}) cannot be seen from here"
+        return Names({}, frozenset(), dict.fromkeys(paths, why))
     for tensors in _layouts(skeleton):
         config = {k: v for k, v in skeleton.config.items() if not k.startswith("quantization")}
         try:
@@ -86,10 +90,10 @@ def find_names(
         except IntegrityError:
             continue
         names = _invert(found, tensors, paths)
-        lost = dict(names.lost)
+        lost = {**names.lost, **_other_names(skeleton, tensors, names)}
         for path in names.tensors.keys() - names.stacked:
             if len(tensors[path].shape) > 2:  # convolutions: axes may come in another order there
-                lost[path] = "the base is in MLX's format, and its layout elsewhere is not known"
+                lost[path] = f"{_IN_MLX}, and its layout elsewhere is not known"
         return Names(names.tensors, names.stacked, lost)
     why = f"{skeleton.model_type} arranges its experts in a way that is not known"
     return Names({}, frozenset(), dict.fromkeys(paths, why))
@@ -182,23 +186,40 @@ def _layouts(skeleton: Skeleton) -> Iterator[dict[str, TensorInfo]]:
         yield layout
 
 
-def _other_layout(skeleton: Skeleton) -> str:
-    """Why the names of MLX's format need not be those of Hugging Face's: `sanitize` makes the
-    same parameters of tensors with other names. Empty if none are known."""
-    parameters = dict(named_parameters(skeleton.model))
-    for prefix, other in _OTHER_PREFIXES:
-        moved = {p: other + p.removeprefix(prefix) for p in parameters if p.startswith(prefix)}
-        layout = {moved.get(p, p): _info(a.shape, a.dtype) for p, a in parameters.items()}
+def _called(model: nn.Module) -> set[str]:
+    """What the `sanitize` of the model, and of models inside it, calls: `mx.split` as that and as
+    `split`."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    called: set[str] = set()
+    for kind in kinds:
+        if "sanitize" in vars(kind):
+            tree = ast.parse(dedent(inspect.getsource(kind.sanitize)))
+            names = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+            called |= {*names, *(name.rpartition(".")[2] for name in names)}
+    return called
+
+
+def _other_names(
+    skeleton: Skeleton, tensors: Mapping[str, TensorInfo], names: Names
+) -> dict[str, str]:
+    """Path -> why its name need not be Hugging Face's: `sanitize` makes the same parameter of a
+    tensor whose name lacks a part. So MLX's names get a prefix, and modules a wrapper."""
+    other = {}
+    plain = [path for path in names.tensors if path not in names.stacked]
+    for place in range(max(path.count(".") for path in plain)):
+        moved = {}
+        for path in plain:
+            parts = path.split(".")
+            if place < len(parts) - 1 and not parts[place].isdecimal():
+                moved[path] = ".".join(parts[:place] + parts[place + 1 :])
+        layout = {moved.get(name, name): info for name, info in tensors.items()}
         try:
             outputs = Skeleton(skeleton.model, skeleton.config, {}, {}, {}, layout).sanitized({})
         except IntegrityError:
             continue
-        if both := sorted(moved.keys() & outputs.keys()):
-            return (
-                f"the base is in MLX's format, and {both[0]} may be {moved[both[0]]} elsewhere as "
-                "well as what it is here"
-            )
-    return ""
+        for path in moved.keys() & outputs.keys():
+            other[path] = f"{_IN_MLX}, and it may be {moved[path]} elsewhere as well as what it is"
+    return other
 
 
 def _info(shape: tuple[int, ...], dtype: mx.Dtype) -> TensorInfo:

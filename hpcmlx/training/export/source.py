@@ -6,18 +6,23 @@ only what is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 from mlx import nn
 
-from hpcmlx.errors import IntegrityError
+from hpcmlx.comm import Communicator
+from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.models.adapters import LINEARS, SWITCHES
 from hpcmlx.parallel.dataflow import named_parameters
 from hpcmlx.parallel.tensor import EMBEDDINGS, input_dims
+from hpcmlx.rundir import lock_run_dir
+from hpcmlx.training.checkpoint import CheckpointStore, Found
 
 #: What the names of trained parameters begin with in a training checkpoint.
 PREFIX = "param/"
@@ -25,18 +30,54 @@ _ROLES = ("lora_down", "lora_up", "dora_magnitude")
 
 
 class Trained(Protocol):
-    """A training checkpoint, as far as an export needs it.
+    """A training checkpoint, as far as an export needs it: what `CheckpointStore.find` gives."""
 
-    Attributes:
-        tensors: name -> (shape, dtype).
-        state: `state["method"]` says how was trained: kind, rank, scale.
-    """
+    @property
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and dtype by name."""
 
-    tensors: Mapping[str, tuple[tuple[int, ...], mx.Dtype]]
-    state: Mapping[str, Any]
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """`state["method"]` says how was trained: kind, rank, scale."""
 
     def read(self, name: str) -> mx.array:
         """The whole tensor."""
+
+
+@contextmanager
+def open_run(run_dir: str | Path, step: str | int | None = None) -> Iterator[Found]:
+    """A checkpoint of a training run that is not under way; its directory is locked meanwhile.
+
+    Args:
+        step: a step, "best" for the one with the lowest metric; None or "latest" for the newest.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        IntegrityError: it is damaged, or is not all on this host.
+        OutputError: the run is under way.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{run_dir} is no run directory of a training job: no {folder.name} in it"
+        )
+    wanted: int | Literal["best"] | None = None
+    if step == "best":
+        wanted = "best"
+    elif step not in (None, "latest"):
+        if not str(step).isdecimal():
+            raise ConfigError(f"step={step} is not a number, best or latest")
+        wanted = int(str(step))
+    lock = lock_run_dir(run_dir)  # the run would go on to delete what is being read
+    try:
+        found = CheckpointStore(folder, Communicator()).find(wanted)
+        if found is None:
+            what = "no checkpoint" if wanted is None else f"no checkpoint {wanted}"
+            raise ConfigError(f"{folder} has {what}")
+        with found:
+            yield found
+    finally:
+        os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -67,23 +108,26 @@ class Update:
     """
 
     def __init__(self, trained: Trained, model: nn.Module, base: str | Path):
-        """Match a checkpoint with `model`, a skeleton of the base.
+        """Match a checkpoint with `model`, a skeleton of the base with unpacked weights.
 
         Raises:
             IntegrityError: they do not belong together.
         """
         self._trained, self._base = trained, base
+        self._tensors = trained.tensors
         method = trained.state.get("method", {})
         self.kind = method.get("kind")
         if self.kind not in ("lora", "dora", "full"):
             raise self._alien(f"its method is {self.kind!r}, not one of lora, dora, full")
+        if self.kind != "full" and not {"rank", "scale"} <= method.keys():
+            raise self._alien(f"it does not say with what rank and scale {self.kind!r} was trained")
         self.rank, self.scale = method.get("rank", 0), float(method.get("scale", 1))
         self.dropout = float(method.get("dropout", 0))
         self.modules = dict(model.named_modules())
-        names = {n.removeprefix(PREFIX) for n in trained.tensors if n.startswith(PREFIX)}
+        names = {n.removeprefix(PREFIX) for n in self._tensors if n.startswith(PREFIX)}
         factors = {name for name in names if name.rpartition(".")[2] in _ROLES}
         if not names or (self.kind == "full") != (not factors):
-            raise self._alien(f"it has {len(factors)} factors, which {self.kind!r} does not make")
+            raise self._alien(f"it has {len(factors)} factors of {len(names)} parameters")
         modules = {name.rpartition(".")[0] for name in factors}
         self.adapted = [path for path in self.modules if path in modules]
         if strangers := modules - set(self.adapted):
@@ -96,11 +140,11 @@ class Update:
             raise self._alien(f"the model has no parameter {min(strangers)}")
         for path in self.whole:
             self._check_shape(path, parameters[path])
+        self._changed = {*self.whole, *(f"{path}.weight" for path in self.adapted)}
 
     def changes(self, path: str) -> bool:
         """Whether the parameter at `path` is not what it is in the base."""
-        module = path.removesuffix(".weight")
-        return path in self.whole or (path.endswith(".weight") and module in self.adapted)
+        return path in self._changed
 
     def merged(self, path: str, weight: Callable[[], mx.array]) -> mx.array:
         """The parameter at `path` as it has become, floating-point ones in float32; unevaluated.
@@ -128,7 +172,7 @@ class Update:
 
     def stored(self, path: str) -> tuple[tuple[int, ...], mx.Dtype]:
         """Shape and dtype of a parameter in the checkpoint."""
-        shape, dtype = self._trained.tensors[PREFIX + path]
+        shape, dtype = self._tensors[PREFIX + path]
         return tuple(shape), dtype
 
     def _check_factors(self, path: str) -> None:
@@ -144,7 +188,7 @@ class Update:
         if self.kind == "lora":
             del shapes["dora_magnitude"]
         for role in _ROLES:
-            if (f"{PREFIX}{path}.{role}" in self._trained.tensors) != (role in shapes):
+            if (f"{PREFIX}{path}.{role}" in self._tensors) != (role in shapes):
                 raise self._alien(f"{path} has not just the parameters of {self.kind!r}")
         for role, shape in shapes.items():
             self._check_shape(f"{path}.{role}", shape)
