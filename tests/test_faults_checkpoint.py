@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import h5py
@@ -23,7 +24,7 @@ from hpcmlx import files
 from hpcmlx.errors import IntegrityError, StorageError
 from hpcmlx.training import shards
 from hpcmlx.training.checkpoint import CheckpointStore
-from hpcmlx.training.commit import MANIFEST
+from hpcmlx.training.manifest import MANIFEST
 from hpcmlx.training.pieces import Piece
 from tests.checkpoints import (
     assert_found,
@@ -92,6 +93,29 @@ def test_going_on_past_a_damaged_one(tmp_path):
     assert steps_in(tmp_path) == [10, 20]
     with store.find() as found:
         assert_found(found, 20)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ('"shard": "shard-00000.h5"', '"shard": "../../x.h5"', "no name of a shard"),
+        ('"dtype": "uint64"', '"dtype": "pickle"', "no dtype pickle"),
+        ("[[0, 12]]", "[[0, 11]]", "positions 11:12"),
+        ('"metric"', '"other"', "cannot be understood"),
+        ('"format": 1', '"format": 2', "another version"),
+    ],
+)
+def test_a_manifest_that_was_made_up_is_refused(tmp_path, old, new, said):
+    store = open_store(tmp_path)
+    save(store, 10)
+    path = tmp_path / "step-00000010" / MANIFEST
+    body = path.read_text().partition("\n")[2]
+    assert old in body
+    body = body.replace(old, new)
+    path.write_text(f'{{"sha256": "{sha256(body.encode()).hexdigest()}",\n{body}')
+    with pytest.raises(IntegrityError, match=said):
+        store.find()
 
 
 @pytest.mark.fault

@@ -16,7 +16,7 @@ from hpcmlx.errors import IntegrityError, OutputError
 from hpcmlx.parallel.partition import Cut
 from hpcmlx.training import hosts, shards
 from hpcmlx.training.checkpoint import CheckpointStore
-from hpcmlx.training.commit import MANIFEST
+from hpcmlx.training.manifest import MANIFEST
 from hpcmlx.training.pieces import Piece, without_copies
 from tests.checkpoints import (
     LAYOUTS,

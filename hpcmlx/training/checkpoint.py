@@ -17,18 +17,12 @@ from typing import Any, Literal
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import HpcmlxError, IntegrityError, OutputError, StorageError
-from hpcmlx.training.commit import (
-    Manifest,
-    Mark,
-    Shard,
-    StepStore,
-    by_metric,
-    shard_name,
-    superfluous,
-)
+from hpcmlx.training.commit import Mark, StepStore, by_metric, superfluous
+from hpcmlx.training.found import Found
 from hpcmlx.training.hosts import Places, agree, share_failure
+from hpcmlx.training.manifest import Manifest, Shard, shard_name
 from hpcmlx.training.pieces import Piece, Tensor, describe, tabulate
-from hpcmlx.training.recovery import Found, complete, tidy
+from hpcmlx.training.recovery import complete, tidy
 from hpcmlx.training.shards import Snapshot, take, write_shard
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import file_digest
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,6 @@ import numpy as np
 
 from hpcmlx.errors import IntegrityError, StorageError
 from hpcmlx.files import write_hdf5
-from hpcmlx.models.checksums import sha256_of
 from hpcmlx.parallel.partition import Cut
 from hpcmlx.training.pieces import Block, Piece, as_cut, dtype_name, storage_shape
 
@@ -115,7 +115,7 @@ def _written(path: Path, snapshots: Mapping[str, Snapshot]) -> str:
     _forget(path)
     digest = sha256_of(path)
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, "r", locking=False) as file:
             for name, taken in snapshots.items():
                 bits = f"u{taken.data.itemsize}"  # a NaN is not equal to itself
                 for block in _blocks(taken.data):
@@ -127,6 +127,15 @@ def _written(path: Path, snapshots: Mapping[str, Snapshot]) -> str:
             f"{path} is not what was written ({error}): the disk or its controller is failing"
         ) from error
     return digest
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file, in hex. Raises StorageError."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"reading {path} failed: {error.strerror}") from error
 
 
 def _forget(path: Path) -> None:
@@ -202,8 +211,9 @@ class ShardReader:
         return array
 
     def _file(self, shard: str) -> h5py.File:
+        # Nobody writes to it any more, and not every file system has locks.
         if shard not in self._files:
-            self._files[shard] = h5py.File(self._directory / shard)
+            self._files[shard] = h5py.File(self._directory / shard, "r", locking=False)
         return self._files[shard]
 
     def close(self) -> None:
