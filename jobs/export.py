@@ -16,7 +16,7 @@ from hpcmlx.errors import ExitCode, HpcmlxError
 from hpcmlx.models.loader import DTYPES
 from hpcmlx.training.export.adapters import export_mlx_adapter, export_peft
 from hpcmlx.training.export.merged import export_merged
-from hpcmlx.training.export.source import open_run
+from hpcmlx.training.export.source import base_of, open_run
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     quantize = {"bits": args.quantize, "group_size": args.group_size} if args.quantize else None
     try:
         with open_run(args.run_dir, args.step) as found:
-            base = args.base or found.state["model"]["path"]
+            base = args.base or base_of(found)
             if args.to == "mlx-adapter":
                 done = export_mlx_adapter(found, base, args.out)
             elif args.to == "peft":

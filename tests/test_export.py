@@ -23,6 +23,7 @@ from mlx_lm.tuner.utils import load_adapters
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, IntegrityError, OutputError, StorageError
+from hpcmlx.inference.manifest import fingerprint
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.checksums import verify, write_checksums
 from hpcmlx.rundir import lock_run_dir
@@ -451,11 +452,13 @@ def test_a_damaged_base_is_not_merged(tmp_path):
 def test_the_job(tmp_path, monkeypatch, capsys):
     base, run_dir = save_model(tmp_path / "base"), tmp_path / "run"
     run_dir.mkdir()
+    files = fingerprint(open_checkpoint(base))
+    state = {"method": LORA, "model": {"path": str(base), "files": files}}
     store = CheckpointStore(run_dir / "checkpoints", Communicator(), keep_last=3)
     for step, metric in ((10, 1.0), (20, 2.0)):
         arrays = {f"param/{n}": a * step for n, a in factors().items()}
         pieces = {name: Piece(array, array.shape) for name, array in arrays.items()}
-        store.save(step, pieces, {"method": LORA, "model": {"path": str(base)}}, metric)
+        store.save(step, pieces, state, metric)
     store.poll(wait=True)
 
     def run(*arguments: str) -> int:
@@ -485,3 +488,8 @@ def test_the_job(tmp_path, monkeypatch, capsys):
     assert run("--to", "peft", str(tmp_path / "x")) == 73
     os.close(lock)
     assert run("--to", "peft", "--base", str(tmp_path / "none"), str(tmp_path / "x")) == 78
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    assert run("--to", "peft", str(tmp_path / "x")) == 78
+    assert "config.json is not what it was when the run began" in capsys.readouterr().err
+    assert run("--to", "peft", "--base", str(base), str(tmp_path / "x")) == 0

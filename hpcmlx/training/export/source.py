@@ -18,7 +18,9 @@ from mlx import nn
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.inference.manifest import fingerprint
 from hpcmlx.models.adapters import LINEARS, SWITCHES
+from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.parallel.dataflow import named_parameters
 from hpcmlx.parallel.tensor import EMBEDDINGS, input_dims
 from hpcmlx.rundir import lock_run_dir
@@ -78,6 +80,26 @@ def open_run(run_dir: str | Path, step: str | int | None = None) -> Iterator[Fou
             yield found
     finally:
         os.close(lock)
+
+
+def base_of(found: Found) -> str:
+    """Path of the model that a run has trained.
+
+    Raises:
+        ConfigError: it is not there, or not what it was when the run began.
+    """
+    model = found.state["model"]
+    checkpoint = open_checkpoint(model["path"])
+    now = fingerprint(checkpoint)
+    checkpoint.close()
+    for name, digest in model["files"].items():
+        decides = name == "config.json" or name.endswith((".safetensors", ".gguf"))
+        if decides and now.get(name) != digest:
+            raise ConfigError(
+                f"{model['path']}: {name} is not what it was when the run began; restore it, or "
+                "give --base"
+            )
+    return model["path"]
 
 
 @dataclass(frozen=True)
