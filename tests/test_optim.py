@@ -50,7 +50,7 @@ def assert_close(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         a, b = np.array(ours[name]), np.array(value)
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=5e-7, atol=5e-7, err_msg=name)
 
 
 def assert_equal(ours: dict, theirs: dict) -> None:

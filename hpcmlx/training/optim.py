@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[Any, set[str]]] = {
     "lion": (optim.Lion, {"betas", "weight_decay"}),
     "muon": (optim.Muon, {"momentum", "nesterov", "weight_decay"}),
 }
-# MLX's own defaults are other ones: no bias correction, and a learning rate that is ignored.
+# MLX's defaults are no bias correction, and a learning rate that is ignored.
 _FIXED: dict[str, dict[str, Any]] = {
     "adamw": {"bias_correction": True},
     "adam": {"bias_correction": True},
@@ -165,7 +165,8 @@ class Optimizer:
             raise ValueError(f"parameters, gradients and state are not of the same paths: {odd}")
         factor = self._factor(step)
         for (name, _), rule in self._rules.items():
-            rule.state["step"] = mx.array(step + 1, mx.uint64)
+            # A Python number where MLX takes one: 1 - beta ** step is off by 1e-5 in float32.
+            rule.state["step"] = mx.array(step + 1) if name == "adafactor" else step + 1
             rule.state["learning_rate"] = mx.array(factor * self._peak(name))
         return {path: self._update(path, params[path], grads[path]) for path in sorted(params)}
 
@@ -204,9 +205,8 @@ class Optimizer:
         return rate or 0.0  # none is needed: `_rule` refuses to use it then
 
     def _rule(self, path: str, parameter: mx.array) -> Any:
-        settings = self.settings
+        settings, name = self.settings, self.settings.name
         decays = parameter.ndim > 1 and not _matches(path, settings.no_decay)
-        name = settings.name
         if name == "muon" and (parameter.ndim < 2 or _matches(path, settings.adamw_for)):
             name = "adamw"
             if settings.adamw_learning_rate is None:
