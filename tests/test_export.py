@@ -24,11 +24,13 @@ from mlx_lm.tuner.utils import load_adapters
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, IntegrityError, OutputError, StorageError
 from hpcmlx.inference.manifest import fingerprint
-from hpcmlx.models.checkpoint import open_checkpoint
+from hpcmlx.models.byteranges import ByteFile
+from hpcmlx.models.checkpoint import open_checkpoint, read_header
 from hpcmlx.models.checksums import verify, write_checksums
 from hpcmlx.rundir import lock_run_dir
 from hpcmlx.training.checkpoint import CheckpointStore
 from hpcmlx.training.export.adapters import export_mlx_adapter, export_peft
+from hpcmlx.training.export.files import Group, Part, write_weights
 from hpcmlx.training.export.merged import export_merged
 from hpcmlx.training.methods import Method
 from hpcmlx.training.pieces import Piece
@@ -432,6 +434,33 @@ def test_the_directory_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(StorageError, match="the disk is gone"):
             export(trained, base, tmp_path / "new" / "other")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_weights_are_written_one_group_at_a_time(tmp_path):
+    """In shards of a given size, wide elements first, whatever shapes there are."""
+    dtypes = [mx.bfloat16, mx.float32, mx.bool_, mx.int64]
+    arrays = {f"a{i}": mx.arange(i).astype(dtypes[i % 4]) for i in range(6)}
+    arrays |= {"scalar": mx.array(2.0), "matrix": mx.ones((3, 5)).T}
+    parts = [Part(name, array.shape, array.dtype) for name, array in arrays.items()]
+    groups = [Group((part,), lambda n=part.name: {n: arrays[n]}) for part in parts]
+    total = write_weights(tmp_path, groups, "pt", max_shard_bytes=64)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3 and total == sum(array.nbytes for array in arrays.values())
+    found = {name: array for file in files for name, array in mx.load(str(file)).items()}
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and mx.array_equal(found[name], array)
+    tensors = [info for file in files for info in read_header(ByteFile(file))[0].values()]
+    assert all(info.offset % info.dtype.size == 0 for info in tensors if info.nbytes)
+
+    size = 1 << 20
+    part = {name: Part(name, (size,), mx.float32) for name in map(str, range(16))}
+    groups = [Group((p,), lambda n=n: {n: mx.full((size,), float(n))}) for n, p in part.items()]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    write_weights(tmp_path, groups, "mlx")
+    assert mx.get_peak_memory() - before < 4 * 4 * size
 
 
 def test_a_damaged_base_is_not_merged(tmp_path):
