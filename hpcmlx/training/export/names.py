@@ -150,13 +150,11 @@ def _orders(
         yield from ((path, ()) for path in stacks)
         return
     for path, names in stacks.items():
-        stack = outputs[path]
-        order: tuple[str, ...] = ()
-        if stack.shape == (len(names), 1, 2):
-            order = tuple(names[int(i)] for i in np.array(stack[:, 0, 0]))
-            if not mx.array_equal(stack, mx.stack([rows[name] for name in order])):
-                order = ()
-        yield path, order
+        name_of = dict(enumerate(names))
+        stack = np.array(outputs[path].astype(mx.float32))
+        order = tuple(name_of.get(int(i), "") for i in stack.reshape(len(stack), -1)[:, 0])
+        pure = all(order) and np.array_equal(stack, [np.array(rows[name]) for name in order])
+        yield path, order if pure else ()
 
 
 def _layouts(skeleton: Skeleton) -> Iterator[dict[str, TensorInfo]]:
@@ -164,11 +162,7 @@ def _layouts(skeleton: Skeleton) -> Iterator[dict[str, TensorInfo]]:
     infos = {
         path: _info(array.shape, array.dtype) for path, array in named_parameters(skeleton.model)
     }
-    experts = [
-        path
-        for path, module in skeleton.model.named_modules()
-        if isinstance(module, SWITCHES) and path.count(".") > 1
-    ]
+    experts = [p for p, module in skeleton.model.named_modules() if isinstance(module, SWITCHES)]
     if not experts:
         yield infos
         return
