@@ -140,7 +140,9 @@ def _run(
     world.barrier()
     code = main(Job(name, settings, mesh, run_dir, logger)) or ExitCode.OK
     world.barrier()  # every rank has done its part: only now may success be claimed
-    if world.rank == 0:
+    if code is ExitCode.PREEMPTED:  # saved, not complete
+        logger.info("stopped: run it again with run_dir=%s to go on", run_dir)
+    elif world.rank == 0:
         record = {
             "job": name,
             "launch": launch,
