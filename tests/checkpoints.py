@@ -159,8 +159,9 @@ def open_store(directory: Path, **how) -> CheckpointStore:
     return CheckpointStore(directory, ALONE, **how)
 
 
-def own(tmp_path: Path, world) -> Path:
-    return tmp_path / f"host{world.rank}" / "ck"
+def own(tmp_path: Path, world, ranks_per_host: int = 1) -> Path:
+    """A directory that only the ranks of one "host" see."""
+    return tmp_path / f"host{world.rank // ranks_per_host}" / "ck"
 
 
 def write_on_hosts(tmp_path: Path, world, shares: tuple[int, ...], *steps: int) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from hpcmlx import files
 from hpcmlx.errors import IntegrityError, StorageError
-from hpcmlx.training import shards
+from hpcmlx.training import hosts, shards
 from hpcmlx.training.checkpoint import CheckpointStore
 from hpcmlx.training.manifest import MANIFEST
 from hpcmlx.training.pieces import Piece
@@ -229,6 +229,42 @@ def test_a_host_that_cannot_write_fails_the_save_everywhere(tmp_path, monkeypatc
     assert [type(error) for error in errors] == [StorageError] * 2
     assert "host1/ck/step-00000030.tmp" in str(errors[1]) and "rank 1 on " in str(errors[1])
     assert steps_in(tmp_path / "host0/ck") == steps_in(tmp_path / "host1/ck") == [10]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault", ["no room", "damaged on its way"])
+def test_a_host_that_does_not_get_what_it_lacks(tmp_path, monkeypatch, fault):
+    """It still takes part in what the others send each other."""
+    on_ranks(3, lambda world: write_on_hosts(tmp_path, world, (1, 1, 1), 10))
+    lost = tmp_path / "host2/ck/step-00000010"
+    shutil.move(lost / "shard-00002.h5", tmp_path / "host0/ck/step-00000010")
+    shutil.rmtree(lost)
+    real_write, real_chunks = hosts.atomic_writer, hosts._chunks
+
+    def write(path: Path):
+        if "host2" in str(path):
+            raise StorageError(f"no room for {path}")
+        return real_write(path)
+
+    def chunks(path: Path, size: int):
+        for chunk in real_chunks(path, size):
+            yield chunk[:-1] + bytes([chunk[-1] ^ 1])
+
+    if fault == "no room":
+        monkeypatch.setattr(hosts, "atomic_writer", write)
+    else:
+        monkeypatch.setattr(hosts, "_chunks", chunks)
+    errors = on_ranks(3, lambda world: CheckpointStore(own(tmp_path, world), world).find())
+    assert [type(error) for error in errors] == [StorageError] * 3
+    assert all(re.search("no room|came damaged", str(error)) for error in errors)
+    assert steps_in(tmp_path / "host2/ck") == []
+    monkeypatch.undo()
+
+    def read(world):
+        with CheckpointStore(own(tmp_path, world), world).find() as found:
+            assert_found(found, 10, (1, 1, 1), world.rank)
+
+    assert on_ranks(3, read) == [None] * 3
 
 
 @pytest.mark.fault

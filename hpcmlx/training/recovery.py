@@ -7,6 +7,7 @@ see, and a host that lacks a shard gets it from one that has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from hpcmlx.errors import HpcmlxError, IntegrityError, StorageError
@@ -80,7 +81,11 @@ def complete(places: Places, steps: StepStore, step: int, marks: list[Mark | Non
     if is_new_somewhere := not all(marks):
         places.lead(lambda: steps.begin(step) if is_new else None)
     folder = steps.path(step, ".tmp" if is_new else "")
-    share_failure(places.world, _fetch(places, folder, manifest, owners))
+    failure = _fetch(places, folder, manifest, owners)
+    if failure is not None and is_new:
+        with suppress(StorageError):
+            steps.discard(step)
+    share_failure(places.world, failure)
     if is_new_somewhere:
         places.lead(lambda: steps.prepare(step, data) if is_new else None)
         places.lead(lambda: steps.publish(step) if is_new else None)

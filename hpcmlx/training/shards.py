@@ -8,6 +8,7 @@ NumPy does not know (bfloat16) are stored as integers of the same width.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -167,6 +168,7 @@ def _blocks(data: np.ndarray) -> Iterator[tuple[slice, ...]]:
     counts = [-(-length // step) for length, step in zip(data.shape, chunk, strict=True)]
     for place in np.ndindex(*counts):
         yield tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True))
+        time.sleep(0)  # HDF5 held the interpreter: let the training have it
 
 
 class ShardReader:
