@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
 LAYERS = ["blas", "errors", "faults", "files", "rundir", "log", "orphans", "schema"]
-LAYERS += ["settings", "settings_finetune", "config", "launch", "comm", "mesh", "parallel"]
+LAYERS += ["settings", "settings_finetune", "config", "launch", "comm", "agree"]
+LAYERS += ["mesh", "parallel"]
 LAYERS += ["models", "observe", "inference", "training", "bench", "job"]
 PURE = {"errors", "faults", "files", "rundir", "log", "orphans", "schema", "config", "launch"}
 PURE |= {"settings", "settings_finetune"}

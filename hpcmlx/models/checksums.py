@@ -19,6 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from hpcmlx import comm
+from hpcmlx.agree import share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, HpcmlxError, IntegrityError, StorageError
 from hpcmlx.files import write_atomic
@@ -115,7 +116,7 @@ def verify_together(model: Path, world: Communicator) -> bool:
         manifest = read_manifest(model)
     except HpcmlxError as error:
         failure = error
-    _agree(world, failure)
+    share_failure(world, failure)
     sums = world.allgather(None if manifest is None else dict(manifest.sha256))
     hosts = world.allgather(comm.hostname())
     if other := next((rank for rank, found in enumerate(sums) if found != sums[0]), 0):
@@ -133,7 +134,7 @@ def verify_together(model: Path, world: Communicator) -> bool:
         _verify(model, manifest, None, (mine.index(world.rank), len(mine)))
     except HpcmlxError as error:
         failure = error
-    _agree(world, failure)
+    share_failure(world, failure)
     return True
 
 
@@ -158,17 +159,6 @@ def read_manifest(model: Path) -> Manifest | None:
     found = _published(path)
     names = [n for n in found if (_is_covered(n) if model.is_dir() else n == model.name)]
     return Manifest(path, {n: found[n] for n in names}, {}) if names else None
-
-
-def _agree(world: Communicator, failure: HpcmlxError | None) -> None:
-    """Raise on every rank what any rank has found; of several, the lowest rank's."""
-    found = world.allgather(None if failure is None else (type(failure), str(failure)))
-    hosts = world.allgather(comm.hostname())
-    for rank, error in enumerate(found):
-        if error is not None:
-            kind, message = error
-            where = f" (found by rank {rank} on {hosts[rank]})" if world.size > 1 else ""
-            raise kind(f"{message}{where}") from failure
 
 
 def _verify(

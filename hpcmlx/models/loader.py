@@ -164,7 +164,7 @@ def load_model(
     if prepare:
         prepare(model)
     stage = build_stage(model, flow, *ranges[number * mesh.dims.pp + mesh.pp])
-    reader = _Reader(checkpoint, skeleton, cuts)
+    reader = Reader(checkpoint, skeleton, cuts)
     wanted = [path for path in sizes if path in stage.parameters]
     if num_chunks == 1:
         check_coverage(mesh, wanted, sizes)
@@ -276,7 +276,7 @@ def check_coverage(mesh: Mesh, wanted: Collection[str], paths: Collection[str]) 
         )
 
 
-class _Reader:
+class Reader:
     """Turns checkpoint bytes into parameters, cut for this rank, one at a time."""
 
     def __init__(

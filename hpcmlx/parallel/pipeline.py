@@ -363,7 +363,9 @@ def _capture(stage: Stage, layer: nn.Module, keys: list[Key]) -> Callable[..., A
     return call
 
 
-def _pass_through(stage: Stage | Head, flow: Dataflow, output: Output, index: int) -> Callable[..., Any]:
+def _pass_through(
+    stage: Stage | Head, flow: Dataflow, output: Output, index: int
+) -> Callable[..., Any]:
     """A layer of another stage: what was received of it, else its input or zeros of its shape."""
     structure, leaves = output.structure, output.leaves
     received = {(leaf.layer, leaf.index) for leaf in stage.receives}

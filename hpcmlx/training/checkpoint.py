@@ -15,11 +15,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
+from hpcmlx.agree import agree, share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import HpcmlxError, IntegrityError, OutputError, StorageError
 from hpcmlx.training.commit import Mark, StepStore, by_metric, superfluous
 from hpcmlx.training.found import Found
-from hpcmlx.training.hosts import Places, agree, share_failure
+from hpcmlx.training.hosts import Places
 from hpcmlx.training.manifest import Manifest, Shard, shard_name
 from hpcmlx.training.pieces import Piece, Tensor, describe, tabulate
 from hpcmlx.training.recovery import complete, tidy

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hpcmlx import comm
+from hpcmlx.agree import share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import HpcmlxError, InputError, IntegrityError
 from hpcmlx.files import cannot_create
@@ -100,7 +101,7 @@ def open_dataset(
             path = _prepare(data_files(paths, split), tokenizer, settings, Path(cache_dir))
         except HpcmlxError as error:
             failure = error
-    _agree(world, failure)
+    share_failure(world, failure)
     path = host.bcast(path)
     assert path is not None
     tokens: CachedTokens | None = None
@@ -108,7 +109,7 @@ def open_dataset(
         tokens = CachedTokens(path)
     except HpcmlxError as error:
         failure = error
-    _agree(world, failure)
+    share_failure(world, failure)
     assert tokens is not None
     dataset = Dataset(tokens)
     _check_equal(world, dataset, paths)
@@ -177,17 +178,6 @@ def _check_equal(world: Communicator, dataset: Dataset, paths: Sequence[str | Pa
                 f"rank {rank} on {name} and rank 0 on {found[0][1]} have different examples from "
                 f"{', '.join(map(str, paths))}: copy data and model to every host again"
             )
-
-
-def _agree(world: Communicator, failure: HpcmlxError | None) -> None:
-    """Raise on every rank what any rank has found; of several, the lowest rank's."""
-    found = world.allgather(None if failure is None else (type(failure), str(failure)))
-    hosts = world.allgather(comm.hostname())
-    for rank, error in enumerate(found):
-        if error is not None:
-            kind, message = error
-            where = f" (found by rank {rank} on {hosts[rank]})" if world.size > 1 else ""
-            raise kind(f"{message}{where}") from failure
 
 
 def _report(dataset: Dataset, settings: ExampleSettings) -> None:

@@ -322,7 +322,7 @@ def identity(
     """What must be the same when a run goes on, and what an export has to know."""
     train = cfg.train
     return {
-        "model": {"path": str(Path(cfg.model.path).absolute()), "files": fingerprint(checkpoint)},
+        "model": {"path": str(checkpoint.path.absolute()), "files": fingerprint(checkpoint)},
         "method": asdict(cfg.method),
         "optim": asdict(cfg.optim) | {"zero1": None},  # where the state lies, not what it is
         "data": {

@@ -14,8 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
+from hpcmlx.agree import agree
 from hpcmlx.comm import Communicator, hostname
-from hpcmlx.errors import HpcmlxError, StorageError
+from hpcmlx.errors import StorageError
 from hpcmlx.files import atomic_writer, write_atomic
 from hpcmlx.rundir import make_run_dir
 
@@ -77,37 +78,6 @@ class Places:
         """Do something once in each directory; every directory is done when this returns.
         Collective; fails on all ranks if it does on one."""
         agree(self.world, work if self.leaders is not None else _nothing)
-
-
-def agree(world: Communicator, work: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some. Collective.
-
-    Raises:
-        HpcmlxError: that of the lowest rank where it failed, on all ranks, with its rank and host.
-            Where it is some other exception, a bug, its own rank raises that.
-    """
-    try:
-        result = work()
-    except Exception as error:
-        share_failure(world, error)
-        raise
-    share_failure(world, None)
-    return result
-
-
-def share_failure(world: Communicator, failure: Exception | None) -> None:
-    """Raise on all ranks what some of them have met, as `agree`. Collective."""
-    report = None
-    if failure is not None:
-        known = isinstance(failure, HpcmlxError)
-        where = f" (rank {world.rank} on {hostname()})" if world.size > 1 else ""
-        message = f"{failure if known else repr(failure)}{where}"
-        report = (type(failure) if known else HpcmlxError, message)
-    found = world.allgather(report)
-    if failure is not None and not isinstance(failure, HpcmlxError):
-        raise failure
-    for kind, message in filter(None, found):
-        raise kind(message) from failure
 
 
 def spread(

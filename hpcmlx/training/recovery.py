@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from hpcmlx.agree import agree, share_failure
 from hpcmlx.errors import HpcmlxError, IntegrityError, StorageError
 from hpcmlx.training.commit import Mark, StepStore
-from hpcmlx.training.hosts import Places, agree, share_failure, spread
+from hpcmlx.training.hosts import Places, spread
 from hpcmlx.training.manifest import MANIFEST, RESTORE, Manifest, decode, shard_name
 from hpcmlx.training.shards import sha256_of
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from hpcmlx.models.checkpoint import Checkpoint, GGUFCheckpoint
-from hpcmlx.models.loader import DTYPES, _Reader
+from hpcmlx.models.loader import DTYPES, Reader
 from hpcmlx.models.skeleton import build_skeleton
 from hpcmlx.parallel.dataflow import named_parameters
 from hpcmlx.training.export.source import Trained, Update
@@ -41,8 +41,8 @@ class Merger:
         self.kept = build_skeleton(config, tensors, None, "keep")
         self.update = Update(trained, final.model, checkpoint.path)
         self.config = {k: v for k, v in config.items() if not k.startswith("quantization")}
-        self._wide = _Reader(checkpoint, self.skeleton, {})
-        self._stored = _Reader(checkpoint, self.kept, {})
+        self._wide = Reader(checkpoint, self.skeleton, {})
+        self._stored = Reader(checkpoint, self.kept, {})
 
     def read(self, path: str) -> mx.array:
         """A parameter of the result, unpacked; floating-point ones in float32."""
