@@ -1,4 +1,4 @@
-"""Ranks and the directories they see: who shares one, files that travel, failures for all.
+"""Ranks and the directories they see: who shares one, and files that travel between them.
 
 Two hosts may share a file system and two ranks of one host may not; so nobody goes by host names:
 every rank leaves a file and looks for those of the others. One rank of each directory, its leader,
