@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -37,6 +37,26 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
 
+@dataclass
+class StopSignal:
+    """Whether SIGUSR1 has come, with which batch systems announce the end of the time.
+
+    By default it would end the process, and a handler that prints may break into a print.
+    """
+
+    _asked: bool = False
+
+    def listen(self) -> None:
+        """From now on."""
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def is_asked(self) -> bool:
+        return self._asked
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+
+
 @dataclass(frozen=True)
 class Job:
     """What a job's main gets.
@@ -46,6 +66,7 @@ class Job:
         config: the job's dataclass.
         mesh: this rank's place among the ranks.
         run_dir: shared by all ranks of this launch and by no other.
+        stop: a job that has something to save ends early where this rank is asked to; others go on.
     """
 
     name: str
@@ -53,6 +74,7 @@ class Job:
     mesh: Mesh
     run_dir: Path
     log: Logger
+    stop: StopSignal = field(default_factory=StopSignal)
 
     @property
     def is_root(self) -> bool:
@@ -85,6 +107,8 @@ def run_job(
         argv: Hydra overrides; None takes the command line.
     """
     world: Communicator | None = None
+    stop = StopSignal()
+    stop.listen()
     try:
         command = config.parse_command_line(sys.argv[1:] if argv is None else argv)
         overrides = list(command.overrides)
@@ -92,7 +116,7 @@ def run_job(
         if code is None:
             world = comm.init()
             orphans.watch_parent()
-            code = _run(name, schema, main, overrides, world)
+            code = _run(name, schema, main, overrides, world, stop)
     except BaseException as error:  # noqa: BLE001  whatever ends one rank must end them all
         _fail(error, world)
     comm.finalize(code)
@@ -119,6 +143,7 @@ def _run(
     main: Callable[[Job], ExitCode | None],
     overrides: Sequence[str],
     world: Communicator,
+    stop: StopSignal,
 ) -> ExitCode:
     started = time.monotonic()
     if hpcmlx.BLAS.problem:
@@ -131,14 +156,12 @@ def _run(
     mesh = Mesh(ParallelDims(parallel.dp, parallel.pp, parallel.tp), world)
     make_run_dir(run_dir)  # a host that shares no files with rank 0's has one of its own
     logger = log.setup(world.rank, comm.hostname(), run_dir)
-    # Batch systems announce the end of the time with it; by default it would end the rank.
-    signal.signal(signal.SIGUSR1, lambda *_: logger.warning("SIGUSR1: nothing to save, going on"))
     _report_host(logger, mesh, run_dir)
     if mx.metal.is_available():
         # Weights that are paged out between steps would make a big model crawl.
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     world.barrier()
-    code = main(Job(name, settings, mesh, run_dir, logger)) or ExitCode.OK
+    code = main(Job(name, settings, mesh, run_dir, logger, stop)) or ExitCode.OK
     world.barrier()  # every rank has done its part: only now may success be claimed
     if code is ExitCode.PREEMPTED:  # saved, not complete
         logger.info("stopped: run it again with run_dir=%s to go on", run_dir)

@@ -20,34 +20,32 @@ from hpcmlx.job import Job, run_job
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.checksums import verify_together
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.observe.gantt import require_matplotlib
 from hpcmlx.observe.metrics import Metrics
-from hpcmlx.observe.sinks import open_sinks, require_sinks
+from hpcmlx.observe.sinks import open_sinks
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.training import finetune
-from hpcmlx.training.checkpoint import CheckpointStore
+from hpcmlx.training.resume import identity
 
 
 def main(job: Job) -> ExitCode:
     cfg, mesh = job.config, job.mesh
-    require_sinks(cfg.train.sinks)
-    if cfg.timeline:
-        require_matplotlib()
+    finetune.require_packages(cfg)
     checkpoint = open_checkpoint(cfg.model.path)
     if cfg.model.verify:
         verify_together(checkpoint.path, mesh.world)
     tokenizer = load_tokenizer(checkpoint)
     data = finetune.open_data(cfg, mesh, tokenizer)
-    stages = finetune.load(cfg, mesh)
+    steps = data.batches.num_steps
+    own = identity(cfg, checkpoint, data.train.content_hash, steps)
+    run = finetune.Run(cfg, mesh, job.run_dir, data, tokenizer, own)
+    if run.is_done():
+        return ExitCode.OK
+    stages = finetune.load(cfg, mesh, run.check_room)
     job.log.info("%s; %s", stages.chunks[0].loaded, stages)
     timeline = Timeline() if cfg.timeline else OFF
     timeline.align(mesh.world)
-    trainer, sums = finetune.build_trainer(cfg, mesh, stages, data.batches.num_steps, timeline)
-    keep = cfg.train.keep_last, cfg.train.keep_best
-    store = CheckpointStore(job.run_dir / finetune.CHECKPOINTS, mesh.world, *keep)
-    identity = finetune.identity(cfg, checkpoint, data)
-    run = finetune.Run(cfg, mesh, job.run_dir, data, trainer, store, tokenizer, identity)
-    run.go_on()
+    trainer, sums = finetune.build_trainer(cfg, mesh, stages, steps, timeline, job.stop.is_asked)
+    run.go_on(trainer)
     first = run.progress.step
     sinks = open_sinks(cfg.train.sinks, job.run_dir, first) if job.is_root else []
     begin = time.perf_counter()

@@ -115,7 +115,7 @@ def load_model(
     pp_layers: Sequence[int] | None = None,
     adapter: str | Path | Attach | None = None,
     chunk: tuple[int, int] = (0, 1),
-    prepare: Callable[[nn.Module], None] | None = None,
+    prepare: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], None] | None = None,
 ) -> LoadedModel:
     """Load this rank's part of a model.
 
@@ -130,8 +130,9 @@ def load_model(
             None for the plain model.
         chunk: (number, how many): with several stages on each rank, interleaved, which of this
             rank's to load. `check_coverage` is then the caller's.
-        prepare: is given the model before it is cut into stages, e.g. to wrap layers. The dataflow
-            is traced, whatever the layout, where this is not None.
+        prepare: is given the model before it is cut into stages, and the whole shapes of its
+            parameters; e.g. to wrap layers. The dataflow is traced, whatever the layout, where this
+            is not None.
 
     Raises:
         ConfigError: the architecture, the layout or the adapter is refused; nothing has been read.
@@ -162,7 +163,7 @@ def load_model(
     ranges = stage_layers(num_layers, num_stages, pp_layers, flow, sizes)
     check_layers(num_layers, ranges)
     if prepare:
-        prepare(model)
+        prepare(model, shapes)
     stage = build_stage(model, flow, *ranges[number * mesh.dims.pp + mesh.pp])
     reader = Reader(checkpoint, skeleton, cuts)
     wanted = [path for path in sizes if path in stage.parameters]

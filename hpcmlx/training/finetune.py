@@ -7,26 +7,26 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
+import mlx.core as mx
+
+from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError, IntegrityError
 from hpcmlx.files import write_atomic
 from hpcmlx.inference.engine import Engine
-from hpcmlx.inference.manifest import fingerprint
 from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.sampling import SamplingParams
+from hpcmlx.launch.mpirun import COMPLETED
 from hpcmlx.mesh import Mesh
-from hpcmlx.models.checkpoint import Checkpoint
-from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.tokenizer import ChatRenderer
 from hpcmlx.observe import curves, gantt
 from hpcmlx.observe.memory import format_bytes
 from hpcmlx.observe.metrics import Metrics, format_step, read_metrics
+from hpcmlx.observe.sinks import require_sinks
 from hpcmlx.observe.summary import peak_memory, write_summary
 from hpcmlx.observe.timeline import Timeline
 from hpcmlx.settings_finetune import FinetuneConfig
@@ -35,11 +35,18 @@ from hpcmlx.training.checkpoint import CheckpointStore
 from hpcmlx.training.dataset import Dataset, open_dataset
 from hpcmlx.training.examples import ExampleSettings
 from hpcmlx.training.executor import Executor
+from hpcmlx.training.found import Found
 from hpcmlx.training.methods import Method
 from hpcmlx.training.optim import Optimizer, OptimSettings
 from hpcmlx.training.placement import Gathered
 from hpcmlx.training.reduce import GradientSum
-from hpcmlx.training.stages import Stages, load_stages
+from hpcmlx.training.resume import (
+    Progress,
+    check_checkpoint_room,
+    check_identity,
+    drop_later_lines,
+)
+from hpcmlx.training.stages import Announce, Stages, load_stages
 from hpcmlx.training.trainer import StepResult, Trainer
 from hpcmlx.training.zero import Zero1
 
@@ -69,6 +76,13 @@ class Data:
     valid_batches: Batches | None
 
 
+def require_packages(cfg: FinetuneConfig) -> None:
+    """Raises ConfigError where a package that the settings ask for is missing."""
+    require_sinks(cfg.train.sinks)
+    if cfg.timeline:
+        gantt.require_matplotlib()
+
+
 def open_data(cfg: FinetuneConfig, mesh: Mesh, tokenizer: Any) -> Data:
     """Tokenize, or find what was tokenized before. Collective."""
     own, train = cfg.data, cfg.train
@@ -95,16 +109,22 @@ def open_data(cfg: FinetuneConfig, mesh: Mesh, tokenizer: Any) -> Data:
 
 
 def build_trainer(
-    cfg: FinetuneConfig, mesh: Mesh, stages: Stages, total_steps: int, timeline: Timeline
+    cfg: FinetuneConfig,
+    mesh: Mesh,
+    stages: Stages,
+    total_steps: int,
+    timeline: Timeline,
+    asked_to_stop: Callable[[], bool],
 ) -> tuple[Trainer, GradientSum]:
-    """The trainer and the sums it works with, which the caller closes."""
-    own = vars(cfg.optim).copy()
-    clip, zero1 = own.pop("clip_norm"), own.pop("zero1")
-    own["no_decay"] = tuple(own["no_decay"])
-    own["betas"] = None if own["betas"] is None else tuple(own["betas"])
+    """The trainer and the sums it works with, which the caller closes.
+
+    Args:
+        total_steps: of the whole run.
+        asked_to_stop: whether this rank was.
+    """
     gathered = Gathered(mesh.tp_group, stages.places)
-    optimizer: Optimizer | Zero1 = Optimizer(OptimSettings(**own), total_steps, gathered)
-    if zero1:
+    optimizer: Optimizer | Zero1 = Optimizer(_settings(cfg), total_steps, gathered)
+    if cfg.optim.zero1:
         sizes = {name: math.prod(place.shape) for name, place in stages.places.items()}
         optimizer = Zero1(optimizer, mesh.dp_group, sizes)
     gradient_sum = GradientSum(mesh, stages.places)
@@ -116,13 +136,26 @@ def build_trainer(
         gradient_sum,
         optimizer,
         schedule=cfg.train.schedule,
-        clip_norm=clip,
+        clip_norm=cfg.optim.clip_norm,
+        asked_to_stop=asked_to_stop,
     )
     return trainer, gradient_sum
 
 
-def load(cfg: FinetuneConfig, mesh: Mesh) -> Stages:
-    """Load this rank's stages with what is to be trained in them. Collective."""
+def _settings(cfg: FinetuneConfig) -> OptimSettings:
+    own = vars(cfg.optim).copy()
+    del own["clip_norm"], own["zero1"]
+    own["no_decay"] = tuple(own["no_decay"])
+    own["betas"] = None if own["betas"] is None else tuple(own["betas"])
+    return OptimSettings(**own)
+
+
+def load(cfg: FinetuneConfig, mesh: Mesh, announce: Announce) -> Stages:
+    """Load this rank's stages with what is to be trained in them. Collective.
+
+    Args:
+        announce: `Run.check_room`.
+    """
     own, train = cfg.method, cfg.train
     method = Method(
         own.kind, own.rank, own.scale, own.num_layers, tuple(own.modules), seed=train.seed
@@ -136,51 +169,82 @@ def load(cfg: FinetuneConfig, mesh: Mesh) -> Stages:
         num_chunks=train.num_chunks,
         recompute=train.recompute,
         loss_chunk=train.loss_chunk,
+        announce=announce,
         **options,
     )
 
 
 @dataclass
-class Progress:
-    """Where a run is, beside its parameters; the same on every rank and in every checkpoint.
+class Run:
+    """A launch under way. First `is_done`, then `go_on`, then `train`, all of them collective.
 
     Attributes:
-        step: the next one.
-        best: lowest evaluation loss so far.
-        without_better: evaluations since then.
-        bad_in_row, num_skipped: steps whose gradients were not finite: now in a row, and in all.
-        num_tokens: trained on.
+        identity: of `resume.identity`.
     """
-
-    step: int = 0
-    best: float | None = None
-    without_better: int = 0
-    bad_in_row: int = 0
-    num_skipped: int = 0
-    num_tokens: int = 0
-
-
-@dataclass
-class Run:
-    """A launch under way."""
 
     cfg: FinetuneConfig
     mesh: Mesh
     run_dir: Path
     data: Data
-    trainer: Trainer
-    store: CheckpointStore
     tokenizer: Any
     identity: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
+    store: CheckpointStore = field(init=False)
+    trainer: Trainer = field(init=False)
+    _found: Found | None = None
     _valid_loss: float | None = None
     _pause: float = 0.0
+
+    def __post_init__(self) -> None:
+        keep = self.cfg.train.keep_last, self.cfg.train.keep_best
+        self.store = CheckpointStore(self.run_dir / CHECKPOINTS, self.mesh.world, *keep)
+
+    def is_done(self) -> bool:
+        """Look for the newest checkpoint; whether an earlier launch has come to the end.
+
+        Raises:
+            ConfigError: it is of another run; says what differs.
+            IntegrityError: it is damaged; says which file.
+        """
+        self._found = self.store.find()
+        if self._found is None:
+            return False
+        check_identity(self._found.state, self.identity, self.run_dir)
+        self.progress = Progress(**self._found.state["progress"])
+        at_end = self.progress.step == self.data.batches.num_steps
+        over = at_end or self.progress.sees_no_gain(self.cfg.train.patience)
+        # Without the record the results may not be there.
+        done: bool = over and self.mesh.world.bcast((self.run_dir / COMPLETED).exists())
+        if done:
+            self._found.close()
+            _log.info("all %d steps are done already", self.progress.step)
+        return done
+
+    def check_room(self, trained: Mapping[str, mx.array]) -> None:
+        """Refuse what cannot be saved. Raises OutputError.
+
+        Args:
+            trained: stand-ins for the parameters of the whole model, unevaluated.
+        """
+        total = self.data.batches.num_steps
+        optimizer = Optimizer(_settings(self.cfg), total)
+        directory, left = self.run_dir / CHECKPOINTS, total - self.progress.step
+        check_checkpoint_room(directory, self.cfg.train, left, trained, optimizer)
+
+    def go_on(self, trainer: Trainer) -> None:
+        """Take up the checkpoint that was found, if there is one."""
+        self.trainer = trainer
+        if self._found is not None:
+            with self._found as found:
+                trainer.restore(found)
+            _log.info("going on after step %d", self.progress.step)
+        if self.mesh.world.rank == 0:
+            drop_later_lines(self.run_dir / SAMPLES, self.progress.step)
 
     def train(self, metrics: Metrics) -> ExitCode:
         """Go through the steps that are left; ends early where it is asked to or sees no gain."""
         cfg, progress, total = self.cfg.train, self.progress, self.data.batches.num_steps
-        signal.signal(signal.SIGUSR1, self._on_signal)
-        while progress.step < total:
+        while progress.step < total and not progress.sees_no_gain(cfg.patience):
             n = progress.step
             result = self.trainer.step(n, self.data.batches, self.data.train)
             progress.step, progress.num_tokens = n + 1, progress.num_tokens + result.num_tokens
@@ -188,10 +252,10 @@ class Run:
             self._judge(result)
             last = progress.step == total
             if cfg.check_every and progress.step % cfg.check_every == 0:
-                self.trainer.check_replicas()
+                self._check_replicas()
             if last or (cfg.eval_every and progress.step % cfg.eval_every == 0):
                 self._evaluate(metrics, n)
-            enough = cfg.patience is not None and progress.without_better >= cfg.patience
+            enough = progress.sees_no_gain(cfg.patience)
             due = cfg.save_every and progress.step % cfg.save_every == 0
             if due or last or enough or result.asked_to_stop:
                 self._save(metrics)
@@ -199,17 +263,13 @@ class Run:
             if result.asked_to_stop and not last:
                 _log.info("asked to stop: step %d of %d is saved", progress.step, total)
                 return ExitCode.PREEMPTED
-            if enough:
+            if enough and not last:
                 _log.info(
                     "no better loss in %d evaluations: stopping after step %d",
                     cfg.patience,
                     progress.step,
                 )
-                break
         return ExitCode.OK
-
-    def _on_signal(self, *_: object) -> None:
-        self.trainer.stop = True
 
     def _log_step(self, metrics: Metrics, n: int, total: int, result: StepResult) -> None:
         memory = peak_memory()
@@ -242,6 +302,7 @@ class Run:
             result.loss, result.grad_norm,
         )  # fmt: skip
         if progress.bad_in_row >= most:
+            self.store.poll(wait=True)  # on all ranks: what is being saved is from before
             raise DivergedError(
                 f"loss or gradient was not finite in {progress.bad_in_row} steps in a row, the "
                 f"last of them step {progress.step - 1}: lower optim.learning_rate, or use "
@@ -292,75 +353,18 @@ class Run:
 
     def _save(self, metrics: Metrics) -> None:
         begin = time.perf_counter()
-        self.trainer.check_replicas()
+        self._check_replicas()
         metrics.flush()
         state = {**self.identity, "progress": asdict(self.progress)}
         self.store.save(self.progress.step, self.trainer.pieces(), state, self._valid_loss)
         self._pause = time.perf_counter() - begin
 
-    def go_on(self) -> None:
-        """Take up the newest checkpoint, if there is one. Collective.
-
-        Raises:
-            ConfigError: it is of another run; says what differs.
-        """
-        found = self.store.find()
-        if found is None:
-            return
-        with found:
-            check_identity(found.state, self.identity, self.run_dir)
-            self.progress = Progress(**found.state["progress"])
-            self.trainer.restore(found)
-        _log.info("going on after step %d", self.progress.step)
-
-
-def identity(
-    cfg: FinetuneConfig,
-    checkpoint: Checkpoint | GGUFCheckpoint,
-    data: Data,
-) -> dict[str, Any]:
-    """What must be the same when a run goes on, and what an export has to know."""
-    train = cfg.train
-    return {
-        "model": {"path": str(checkpoint.path.absolute()), "files": fingerprint(checkpoint)},
-        "method": asdict(cfg.method),
-        "optim": asdict(cfg.optim) | {"zero1": None},  # where the state lies, not what it is
-        "data": {
-            "train": data.train.content_hash,
-            "packing": cfg.data.packing,
-            "max_length": cfg.data.max_length,
-        },
-        "train": {"batch_size": train.batch_size, "seed": train.seed},
-        "num_steps": data.batches.num_steps,
-    }
-
-
-def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
-    """
-    Raises:
-        ConfigError: a checkpoint was written by another run than this one; says each difference.
-    """
-    differences = [
-        f"{key} was {json.dumps(was)}, is {json.dumps(value)}"
-        for key, was, value in _compared(before, now, "")
-        if key != "model.path"
-    ]
-    if differences:
-        raise ConfigError(
-            f"run directory {run_dir} was begun differently: {'; '.join(differences[:5])} (set it "
-            "back, or give another run_dir)"
-        )
-
-
-def _compared(before: Any, now: Any, key: str) -> Sequence[tuple[str, Any, Any]]:
-    """(dotted key, before, now) where they differ, of all that `now` has."""
-    if isinstance(now, Mapping) and isinstance(before, Mapping):
-        found: list[tuple[str, Any, Any]] = []
-        for name, value in now.items():
-            found += _compared(before.get(name), value, f"{key}.{name}" if key else name)
-        return found
-    same = json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
-    return [] if same else [(key, before, now)]
+    def _check_replicas(self) -> None:
+        try:
+            self.trainer.check_replicas()
+        except IntegrityError:  # on all ranks: what is being saved was checked
+            self.store.poll(wait=True)
+            raise
 
 
 def leave_results(run: Run, timeline: Timeline, seconds: float) -> None:

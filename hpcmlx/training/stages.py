@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,8 @@ from hpcmlx.training.loss import Loss
 from hpcmlx.training.methods import Method
 from hpcmlx.training.placement import Place, find_places
 from hpcmlx.training.recompute import recompute_layers
+
+Announce = Callable[[Mapping[str, mx.array]], None]
 
 
 @dataclass
@@ -64,6 +66,7 @@ def load_stages(
     num_chunks: int = 1,
     recompute: bool = True,
     loss_chunk: int = 1024,
+    announce: Announce = lambda _: None,
     **options: Any,
 ) -> Stages:
     """Load and prepare this rank's stages. Collective.
@@ -73,6 +76,8 @@ def load_stages(
         num_chunks: stages on each rank.
         recompute: checkpoint every layer's activations.
         loss_chunk: tokens whose logits are there at once.
+        announce: is given stand-ins for all trained parameters of the whole model, unevaluated,
+            before anything is read; it may refuse them.
         options: of `load_model`.
 
     Raises:
@@ -81,7 +86,7 @@ def load_stages(
     if num_chunks > 1 and mesh.dims.pp == 1:
         raise ConfigError("train.num_chunks is for a pipeline: set parallel.pp, or num_chunks=1")
     chunks = [
-        _load(path, mesh, method, (number, num_chunks), recompute, loss_chunk, options)
+        _load(path, mesh, method, (number, num_chunks), recompute, loss_chunk, announce, options)
         for number in range(num_chunks)
     ]
     shapes = chunks[0].loaded.shapes
@@ -110,12 +115,15 @@ def _load(
     chunk: tuple[int, int],
     recompute: bool,
     loss_chunk: int,
+    announce: Announce,
     options: Mapping[str, Any],
 ) -> Chunk:
     trained: list[str] = []
 
-    def prepare(model: nn.Module) -> None:
-        trained.extend(method.trained(model, dict(tree_flatten(model.parameters()))))
+    def prepare(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        trained.extend(method.trained(model, parameters))
+        announce({name: mx.zeros(shapes[name], parameters[name].dtype) for name in trained})
         if recompute:
             recompute_layers(model, trained)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -52,11 +52,7 @@ class StepResult:
 
 
 class Trainer:
-    """This rank's part of a training run.
-
-    Attributes:
-        stop: set it to ask for the end after the step under way.
-    """
+    """This rank's part of a training run."""
 
     def __init__(
         self,
@@ -68,11 +64,16 @@ class Trainer:
         *,
         schedule: str,
         clip_norm: float | None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ):
+        """
+        Args:
+            asked_to_stop: whether this rank was asked to; looked at once in every step.
+        """
         self.mesh, self.stages = mesh, stages
         self._executor, self._sum, self._optimizer = executor, gradient_sum, optimizer
         self._schedule, self._clip = schedule, clip_norm
-        self.stop = False
+        self._asked_to_stop = asked_to_stop
         optimizer.init(stages.parameters())
 
     # -- steps --
@@ -116,7 +117,7 @@ class Trainer:
         squares = own_square_sum(gradients, self.stages.places) if mesh.dp == 0 else 0.0
         own_loss = loss if mesh.is_last_stage and mesh.tp == 0 else 0.0
         idle = self._waited - waited
-        found = mesh.world.sum_numbers([squares, own_loss, float(self.stop), idle])
+        found = mesh.world.sum_numbers([squares, own_loss, float(self._asked_to_stop()), idle])
         return math.sqrt(found[0]), found[1], found[2], found[3] / mesh.world.size
 
     def _actions(self, num_microbatches: int) -> list[Action]:
