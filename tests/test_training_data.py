@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, InputError, IntegrityError
+from hpcmlx.models.messages import BadMessages
 from hpcmlx.models.tokenizer import load_tokenizer
 from hpcmlx.training import dataset as dataset_module
-from hpcmlx.training.conversation import BadExample
 from hpcmlx.training.dataset import content_key, open_dataset
 from hpcmlx.training.examples import ExampleReader, ExampleSettings, data_files
 from tests.fixtures import ROOT, save_tokenizer, write_rows
@@ -114,13 +114,13 @@ def test_a_template_that_rewrites_turns_is_never_masked_wrongly(tokenizer):
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     messages = [{**m, "content": m["content"].replace("b", "x|b")} for m in TALK["messages"]]
-    with pytest.raises(BadExample, match=r"where message 2 is.*others follow.*targets=last"):
+    with pytest.raises(BadMessages, match=r"where message 2 is.*others follow.*targets=last"):
         masked(tokenizer, {"messages": messages})
     wanted = "<|user|>a\n<|assistant|>b\n<|user|>c\n<|assistant|>[d\n]"
     assert masked(tokenizer, {"messages": messages}, "last") == wanted
     assert masked(tokenizer, {"messages": messages[:2]}) == "<|user|>a\n<|assistant|>[x|b\n]"
     tokenizer.chat_template += "{% if add_generation_prompt %}(think){% endif %}"
-    with pytest.raises(BadExample, match="where message 4 is: the text that asks for it"):
+    with pytest.raises(BadMessages, match="where message 4 is: the text that asks for it"):
         masked(tokenizer, {"messages": messages}, "last")
 
 
@@ -167,7 +167,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "role 'user' has no 'content'"),
     "image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "must be text, not 'image_url'",
+        "a content part of type 'image_url' cannot be used",
     ),
     "weight": ({"messages": [{"role": "user", "content": "", "weight": 0.5}]}, "must be 0 or 1"),
     "arguments": (
@@ -183,7 +183,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_row_that_is_no_example_is_refused(tokenizer, kind):
     row, message = BAD[kind]
-    with pytest.raises(BadExample, match=message):
+    with pytest.raises(BadMessages, match=message):
         masked(tokenizer, row)
 
 
@@ -202,7 +202,7 @@ def test_a_model_without_a_template_takes_texts(tokenizer):
     tokenizer.chat_template = None
     tokenizer.has_chat_template = False
     assert masked(tokenizer, {"text": "hey"}) == "h[ey</s>]"
-    with pytest.raises(BadExample, match="no chat template, which 'prompt' needs"):
+    with pytest.raises(BadMessages, match="no chat template, which 'prompt' needs"):
         masked(tokenizer, {"prompt": "hi", "completion": "yo"})
 
 

@@ -23,13 +23,13 @@ from hpcmlx.errors import ExitCode, InputError
 from hpcmlx.files import write_atomic, write_hdf5
 from hpcmlx.inference.evaluate import Verdict
 from hpcmlx.inference.jsonl import json_lines
-from hpcmlx.inference.request import BadRow, encode
+from hpcmlx.inference.request import BadRow
 from hpcmlx.inference.results import ERRORS, plain_error
 from hpcmlx.inference.rows import RowError
 from hpcmlx.inference.scoring import Score, ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
-from hpcmlx.models.tokenizer import ChatRenderer
+from hpcmlx.models.tokenizer import ChatRenderer, encode
 from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.settings import EvaluateConfig
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from hpcmlx.errors import ConfigError, ExitCode, InputError
 from hpcmlx.files import write_hdf5
-from hpcmlx.inference.request import encode
 from hpcmlx.inference.scoring import ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
+from hpcmlx.models.tokenizer import encode
 from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.settings import EvaluateConfig
 

@@ -16,11 +16,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hpcmlx.errors import InputError
-from hpcmlx.inference.request import check_sampling, encode
+from hpcmlx.inference.request import check_sampling
 from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams, row_seed
 from hpcmlx.inference.scoring import ScoreRow
-from hpcmlx.models.tokenizer import ChatRenderer
+from hpcmlx.models.tokenizer import ChatRenderer, encode
 
 if TYPE_CHECKING:
     from hpcmlx.inference.harness import Crew

@@ -7,7 +7,6 @@ What is wrong with a row is a `BadRow`, found here before the model is loaded.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from hpcmlx.errors import InputError
 from hpcmlx.inference.rows import Request
 from hpcmlx.inference.sampling import SamplingParams, row_seed
-from hpcmlx.models.tokenizer import ChatRenderer
+from hpcmlx.models.messages import BadMessages, check_messages, check_tools
+from hpcmlx.models.tokenizer import ChatRenderer, encode
 
 SAMPLING_KEYS = frozenset(field.name for field in fields(SamplingParams))
 #: What a row may say, beside its id.
@@ -129,10 +129,11 @@ class RequestBuilder:
             if unfit := row.keys() & {"tools", "chat_template_kwargs"}:
                 raise BadRow(f"'{min(unfit)}' goes with 'messages', not with 'prompt'")
             return self._prompt(row["prompt"])
-        messages = _conversation(row["messages"])
         options = _template_options(row)
         try:
-            return self._render(messages, **options)
+            return self._render(check_messages(row["messages"]), **options)
+        except BadMessages as error:
+            raise BadRow(str(error)) from None
         except InputError as error:
             raise BadRow(str(error), "chat_template_error") from None
 
@@ -183,12 +184,6 @@ def check_sampling(p: SamplingParams, vocab_size: int | None = None) -> str | No
     if p.logprobs is not None and not 0 <= p.logprobs <= _MAX_LOGPROBS:
         return f"logprobs={p.logprobs} must be in [0, {_MAX_LOGPROBS}]"
     return None
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Text to tokens, with the tokenizer's own start token unless the text brings it."""
-    bos = tokenizer.bos_token
-    return tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
 
 
 def max_context(config: Mapping[str, Any]) -> int | None:
@@ -244,67 +239,16 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(pairs))
 
 
-def _conversation(messages: Any) -> list[dict[str, Any]]:
-    """Messages as templates want them: text as one string, arguments of tool calls as objects."""
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-        or not all("content" in m or m.get("tool_calls") for m in messages)
-    ):
-        raise BadRow("'messages' must be a list of objects with 'role' and 'content'")
-    done = []
-    for message in messages:
-        message = {**message, "content": _text(message)}
-        if calls := message.get("tool_calls"):
-            message["tool_calls"] = _tool_calls(calls)
-        done.append(message)
-    return done
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message.get("tool_calls"):
-        return ""
-    if not isinstance(content, list):
-        raise BadRow(f"the content of a message must be text, not {_shown(content)}")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text":
-            raise BadRow(f"a content part of type {_shown(kind)} cannot be used: only 'text' can")
-        if not isinstance(part.get("text"), str):
-            raise BadRow("a content part of type 'text' needs a 'text' that is a string")
-    return "".join(part["text"] for part in content)
-
-
-def _tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """As mlx-lm's server has them: OpenAI sends arguments as JSON text, templates want objects."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadRow("'tool_calls' must be a list of objects")
-    done = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                arguments = json.loads(function["arguments"] or "{}")
-            except (ValueError, RecursionError):
-                raise BadRow("the arguments of a tool call are not JSON") from None
-            call = {**call, "function": {**function, "arguments": arguments}}
-        done.append(call)
-    return done
-
-
 def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     options = row.get("chat_template_kwargs", {})
     if not isinstance(options, dict):
         raise BadRow("'chat_template_kwargs' must be an object")
     if refused := sorted(options.keys() & _NOT_FOR_ROWS):
         raise BadRow(f"'chat_template_kwargs' must not set '{refused[0]}'")
-    tools = row.get("tools", [])
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("'tools' must be a list of objects")
+    try:
+        tools = check_tools(row.get("tools"))
+    except BadMessages as error:
+        raise BadRow(str(error)) from None
     return {**options, **({"tools": tools} if tools else {})}
 
 

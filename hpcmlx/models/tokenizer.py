@@ -54,6 +54,12 @@ def load_tokenizer(
         return _load(Path(directory), source.path, ends)
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Text to tokens, with the tokenizer's own start token unless the text brings it."""
+    bos = tokenizer.bos_token
+    return tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
+
+
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template, which nobody has to trust.
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from hpcmlx.errors import ConfigError, InputError
 from hpcmlx.inference.jsonl import json_lines
-from hpcmlx.models.tokenizer import ChatRenderer
-from hpcmlx.training.conversation import BadExample, Span, check_messages, check_tools, render
+from hpcmlx.models.messages import BadMessages, check_messages, check_tools
+from hpcmlx.models.tokenizer import ChatRenderer, encode
+from hpcmlx.training.conversation import Span, render
 
 TARGETS = ("assistant", "last", "all")
 TOO_LONG = ("truncate", "drop", "refuse")
@@ -147,7 +148,7 @@ class ExampleReader:
                     try:
                         # What is wrong with a line is said by the error in the row's place.
                         sample = self.example(row) if isinstance(row, dict) else _refuse(str(row))
-                    except BadExample as error:
+                    except BadMessages as error:
                         first = first or f"{file}:{line}: {error}"
                         num_bad += 1
                         continue
@@ -168,16 +169,16 @@ class ExampleReader:
         """The example of a row; None where it is dropped.
 
         Raises:
-            BadExample: it cannot be used.
+            BadMessages: it cannot be used.
         """
         tokens, targets = self._tokens(row)
         targets[:1] = False
         if not targets.any():
-            raise BadExample("nothing to predict in it: no answer, or an empty one")
+            raise BadMessages("nothing to predict in it: no answer, or an empty one")
         limit, length = self._settings.max_length, len(tokens)
         if length > limit:
             if self._settings.too_long == "refuse":
-                raise BadExample(f"{length} tokens, more than max_length={limit}")
+                raise BadMessages(f"{length} tokens, more than max_length={limit}")
             tokens, targets = tokens[:limit], targets[:limit]
             if self._settings.too_long == "drop" or not targets.any():
                 self.counts.dropped += 1
@@ -189,11 +190,11 @@ class ExampleReader:
         """All tokens of a row and which of them are targets."""
         given = [key for key in ("text", "prompt", "messages") if row.get(key) is not None]
         if len(given) != 1:
-            raise BadExample(f"a row needs either {_FORMATS}")
+            raise BadMessages(f"a row needs either {_FORMATS}")
         if given == ["text"]:
             return self._text(_string(row, "text"))
         if not self._tokenizer.has_chat_template:
-            raise BadExample(f"the model has no chat template, which '{given[0]}' needs")
+            raise BadMessages(f"the model has no chat template, which '{given[0]}' needs")
         if given == ["messages"]:
             messages = check_messages(row["messages"])
         else:
@@ -207,9 +208,8 @@ class ExampleReader:
         return self._masked(text, spans if answers else [(0, len(text))])
 
     def _text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        bos, end = self._tokenizer.bos_token, self._tokenizer.eos_token_id
-        own_start = bos is not None and text.startswith(bos)
-        ids = list(self._tokenizer.encode(text, add_special_tokens=not own_start))
+        end = self._tokenizer.eos_token_id
+        ids = encode(self._tokenizer, text)
         if end is not None and ids[-1:] != [end]:
             ids.append(end)
         return np.array(ids, np.int32), np.ones(len(ids), bool)
@@ -243,11 +243,11 @@ def fast_tokenizer(tokenizer: Any) -> Any:
 
 
 def _refuse(message: str) -> Sample:
-    raise BadExample(message)
+    raise BadMessages(message)
 
 
 def _string(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise BadExample(f"'{key}' must be a string, not {type(value).__name__}")
+        raise BadMessages(f"'{key}' must be a string, not {type(value).__name__}")
     return value

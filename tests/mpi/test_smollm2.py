@@ -13,13 +13,12 @@ import pytest
 
 from hpcmlx import comm
 from hpcmlx.inference.evaluate import score_tokens
-from hpcmlx.inference.request import encode
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.convert import convert
 from hpcmlx.models.loader import load_model
-from hpcmlx.models.tokenizer import load_tokenizer, render_chat
+from hpcmlx.models.tokenizer import encode, load_tokenizer, render_chat
 from tests import layouts
 from tests.mpi.test_parity import run_engine
 from tests.twin import (
