@@ -45,8 +45,7 @@ def main(job: Job) -> ExitCode:
     timeline = Timeline() if cfg.timeline else OFF
     timeline.align(mesh.world)
     trainer, sums = finetune.build_trainer(cfg, mesh, stages, steps, timeline, job.stop.is_asked)
-    run.go_on(trainer)
-    first = run.progress.step
+    first = run.go_on(trainer)
     sinks = open_sinks(cfg.train.sinks, job.run_dir, first) if job.is_root else []
     begin = time.perf_counter()
     with sums, Metrics(job.run_dir, sinks, first_step=first, enabled=job.is_root) as metrics:

@@ -162,7 +162,7 @@ BAD = {
     "both": ({"text": "a", **TALK}, "needs either 'text'"),
     "no completion": ({"prompt": "a"}, "'completion' must be a string, not NoneType"),
     "number": ({"text": 3}, "'text' must be a string, not int"),
-    "no messages": ({"messages": []}, "must be a list of messages"),
+    "no messages": ({"messages": []}, "'messages' must be a list of objects"),
     "no role": ({"messages": [{"content": "a"}]}, "with 'role' and 'content'"),
     "no content": ({"messages": [{"role": "user"}]}, "role 'user' has no 'content'"),
     "image": (

@@ -59,6 +59,7 @@ class Attached(Protocol):
 
 
 Attach = Callable[[Skeleton], Attached]
+Prepare = Callable[[nn.Module, Mapping[str, tuple[int, ...]]], Sequence[float]]
 
 
 @dataclass
@@ -115,7 +116,7 @@ def load_model(
     pp_layers: Sequence[int] | None = None,
     adapter: str | Path | Attach | None = None,
     chunk: tuple[int, int] = (0, 1),
-    prepare: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], None] | None = None,
+    prepare: Prepare | None = None,
 ) -> LoadedModel:
     """Load this rank's part of a model.
 
@@ -131,8 +132,8 @@ def load_model(
         chunk: (number, how many): with several stages on each rank, interleaved, which of this
             rank's to load. `check_coverage` is then the caller's.
         prepare: is given the model before it is cut into stages, and the whole shapes of its
-            parameters; e.g. to wrap layers. The dataflow is traced, whatever the layout, where this
-            is not None.
+            parameters; e.g. to wrap layers. It says how much work each layer is per byte, and the
+            head last. The dataflow is traced, whatever the layout, where this is not None.
 
     Raises:
         ConfigError: the architecture, the layout or the adapter is refused; nothing has been read.
@@ -160,10 +161,9 @@ def load_model(
         shares = Shares(tuple(tp_shares) if tp_shares else (1.0,) * mesh.dims.tp)
         cuts = apply_plan(model, plan, mesh.tp_group, shares)
         interval = vocab_interval(model) or interval
-    ranges = stage_layers(num_layers, num_stages, pp_layers, flow, sizes)
+    work = prepare(model, shapes) if prepare else None
+    ranges = stage_layers(num_layers, num_stages, pp_layers, flow, sizes, work)
     check_layers(num_layers, ranges)
-    if prepare:
-        prepare(model, shapes)
     stage = build_stage(model, flow, *ranges[number * mesh.dims.pp + mesh.pp])
     reader = Reader(checkpoint, skeleton, cuts)
     wanted = [path for path in sizes if path in stage.parameters]
@@ -237,9 +237,14 @@ def stage_layers(
     pp_layers: Sequence[int] | None,
     flow: Dataflow | None,
     sizes: Mapping[str, int],
+    work: Sequence[float] | None = None,
 ) -> list[Interval]:
     """Layers of each stage: as asked, else so that the stage that reads most bytes per token reads
-    as few as possible. The head counts (a fifth of a small model); the embedding is a lookup."""
+    as few as possible. The head counts (a fifth of a small model); the embedding is a lookup.
+
+    Args:
+        work: what to multiply the bytes of each layer with, and of the head last; None is 1.
+    """
     if num_stages == 1 or flow is None:
         return [(0, num_layers)]
     if pp_layers is not None:
@@ -260,6 +265,9 @@ def stage_layers(
             costs[layer] += sizes[path]
     head_parameters = flow.needs[LOGITS].parameters
     head = sum(sizes[path] for path in head_parameters if flow.parameter_layer[path] is None)
+    if work is not None:
+        costs = [round(cost * factor) for cost, factor in zip(costs, work[:-1], strict=True)]
+        head = round(head * work[-1])
     return offsets(balance_layers(costs, num_stages, last_cost=head))
 
 

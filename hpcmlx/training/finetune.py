@@ -231,21 +231,29 @@ class Run:
         directory, left = self.run_dir / CHECKPOINTS, total - self.progress.step
         check_checkpoint_room(directory, self.cfg.train, left, trained, optimizer)
 
-    def go_on(self, trainer: Trainer) -> None:
-        """Take up the checkpoint that was found, if there is one."""
+    def go_on(self, trainer: Trainer) -> int:
+        """Take up the checkpoint that was found, if there is one.
+
+        Returns:
+            The step of the first row of metrics: -1, the evaluation before any update, without one.
+        """
         self.trainer = trainer
         if self._found is not None:
             with self._found as found:
                 trainer.restore(found)
             _log.info("going on after step %d", self.progress.step)
+        first = self.progress.step or -1
         if self.mesh.world.rank == 0:
-            drop_later_lines(self.run_dir / SAMPLES, self.progress.step)
+            drop_later_lines(self.run_dir / SAMPLES, first)
+        return first
 
     def train(self, metrics: Metrics) -> ExitCode:
         """Go through the steps that are left; ends early where it is asked to or sees no gain."""
         cfg, progress, total = self.cfg.train, self.progress, self.data.batches.num_steps
+        if not progress.step:
+            self._evaluate(metrics, -1)  # what there is before the first update
         while progress.step < total and not progress.sees_no_gain(cfg.patience):
-            n = progress.step
+            n, self._valid_loss = progress.step, None
             result = self.trainer.step(n, self.data.batches, self.data.train)
             progress.step, progress.num_tokens = n + 1, progress.num_tokens + result.num_tokens
             self._log_step(metrics, n, total, result)

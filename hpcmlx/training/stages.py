@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from hpcmlx.errors import ConfigError
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import LoadedModel, check_coverage, load_model
+from hpcmlx.parallel.dataflow import find_layers, layer_paths
 from hpcmlx.parallel.pipeline import split_head
 from hpcmlx.training.executor import Chunk
 from hpcmlx.training.loss import Loss
@@ -103,7 +105,7 @@ def load_stages(
     if not everything:
         raise ConfigError("method.modules and method.num_layers leave nothing to train")
     places = find_places(mesh, modules, names, shapes, cuts)
-    count = {name: _size(shape) for name, shape in shapes.items()}
+    count = {name: prod(shape) for name, shape in shapes.items()}
     total = sum(count[name] for name in everything)
     return Stages(chunks, places, total, sum(count.values()))
 
@@ -120,12 +122,13 @@ def _load(
 ) -> Chunk:
     trained: list[str] = []
 
-    def prepare(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def prepare(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[float]:
         parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
         trained.extend(method.trained(model, parameters))
         announce({name: mx.zeros(shapes[name], parameters[name].dtype) for name in trained})
         if recompute:
             recompute_layers(model, trained)
+        return _work(model, trained, recompute, full=method.kind == "full")
 
     loaded = load_model(
         open_checkpoint(path),
@@ -144,15 +147,21 @@ def _load(
     return Chunk(chunk[0], loaded, names, head, loss)
 
 
+def _work(model: nn.Module, trained: list[str], recompute: bool, full: bool) -> list[float]:
+    """Matrix products with each layer's weights in a step, and with the head's last: forward, once
+    more where that is recomputed, backward for the inputs, and for the weights if these are
+    trained. Layers before the first trained one have no backward pass."""
+    paths = layer_paths(model, find_layers(model))
+    own = [sum(name.startswith(f"{path}.") for name in trained) for path in paths]
+    outside = len(trained) - sum(own)
+    begin = 0 if outside else next((i for i, count in enumerate(own) if count), len(own))
+    backward = 3.0 if recompute else 2.0
+    layers = [1.0 if i < begin else backward + (full and count > 0) for i, count in enumerate(own)]
+    return [*layers, 3.0 + (full and outside > 0)]
+
+
 def _backwards(loaded: LoadedModel, names: list[str]) -> list[str]:
     """In the order in which the backward pass reaches them: head, last layer, ..., embedding. One
     that is outside the layers may be reached twice and comes last."""
     layer_of = loaded.flow.parameter_layer if loaded.flow else {}
     return sorted(names, key=lambda name: -1 if (at := layer_of.get(name)) is None else at)[::-1]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
