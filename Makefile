@@ -1,4 +1,5 @@
 # make demo   a chat model answers over two MPI ranks of this host
+# make finetune-demo  it learns something on two pipeline stages, two or three minutes
 # make test   the whole suite, in one process and on 1, 2, 3 and 4 ranks
 # make twins  torch and peft, for the tests that compare with them
 # make bench  the numbers of the README
@@ -21,11 +22,14 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c '$(CHECK)' 2>/dev/null; then echo $$p; break; fi; done)
 endif
 
-.PHONY: demo test twins bench lint clean distclean
+.PHONY: demo finetune-demo test twins bench lint clean distclean
 
 demo: $(MODEL)
 	$(BIN)/python jobs/generate.py model=smollm2 parallel.tp=2 launch=mpirun \
 		input=jobs/prompts.jsonl
+
+finetune-demo: $(MODEL)
+	$(BIN)/python jobs/finetune.py experiment=finetune_demo
 
 test: $(MODEL)
 	$(BIN)/python tests/run_all.py

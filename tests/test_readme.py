@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcmlx.config import EvaluateConfig, GenerateConfig, compose
+from hpcmlx.config import EvaluateConfig, FinetuneConfig, GenerateConfig, compose
 from hpcmlx.errors import ExitCode
 from hpcmlx.launch.hostfile import parse_hostfile, total_slots
 from hpcmlx.models.plans import PLANS, plan_for
@@ -18,9 +18,14 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split(" #")[0].strip()
     for line in README.splitlines()
-    if re.match(r"(mpirun .*)?python jobs/(generate|evaluate)\.py", line)
+    if re.match(r"(mpirun .*)?python jobs/(generate|evaluate|finetune)\.py", line)
+    and "resume=" not in line  # of a run that there is not
 ]
-SCHEMAS = {"generate": GenerateConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "finetune": FinetuneConfig,
+}
 
 
 def test_there_are_commands():
@@ -45,7 +50,8 @@ def test_command_fits_its_hosts_and_its_layout(command):
     else:
         started = needed if settings.launch.kind == "mpirun" else 1
     assert started == needed
-    assert (ROOT / settings.input).exists()
+    read = settings.data.train if job == "finetune" else [settings.input]
+    assert all((ROOT / path).exists() for path in read)
 
 
 def test_plans_are_all_named():
@@ -66,5 +72,4 @@ def test_architectures_are_counted():
 def test_exit_codes_are_those_of_the_code():
     line = re.search(r"Exit codes: (.*?)\n\n", README, re.DOTALL).group(1)
     codes = {int(code) for code in re.findall(r"(?:^|· ?\n?)(\d+) ", line)}
-    later = {ExitCode.PREEMPTED}  # of jobs that checkpoint
-    assert codes == {int(code) for code in ExitCode} - later
+    assert codes == {int(code) for code in ExitCode}
