@@ -23,8 +23,8 @@ from hpcmlx.rundir import check_room
 from hpcmlx.settings_finetune import FinetuneConfig, TrainConfig
 from hpcmlx.training.optim import Optimizer
 
-#: Bytes that a tensor takes beside its numbers: in the manifest, and HDF5's own. Measured: 1.9 KiB.
-_AROUND = 2048
+#: Bytes that a tensor takes beside its numbers, measured: in the manifest, and HDF5's own.
+_AROUND = 1280
 
 
 @dataclass
