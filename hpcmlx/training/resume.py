@@ -65,7 +65,7 @@ def identity(
     """
     train = cfg.train
     return {
-        "model": {"path": str(Path(cfg.model.path).absolute()), "files": fingerprint(checkpoint)},
+        "model": {"path": str(checkpoint.path.absolute()), "files": fingerprint(checkpoint)},
         "method": asdict(cfg.method),
         "optim": asdict(cfg.optim) | {"zero1": None},  # where the state lies, not what it is
         "data": {
