@@ -169,11 +169,6 @@ class FinetuneConfig(JobConfig):
             raise ConfigError(
                 "train.prompts: answers need a rank's layers in one stage; set train.num_chunks=1"
             )
-        if train.batch_size % self.parallel.dp:
-            raise ConfigError(
-                f"train.batch_size={train.batch_size} is not a multiple of "
-                f"parallel.dp={self.parallel.dp}"
-            )
         if self.optim.zero1 and self.parallel.dp == 1:
             raise ConfigError("optim.zero1 spreads state over replicas, but parallel.dp=1")
         if (betas := self.optim.betas) is not None and len(betas) != 2:
