@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -389,7 +390,7 @@ def test_tasks_are_looked_for_where_the_user_says_first(monkeypatch, tasks):
 
 
 def test_without_lm_eval_the_job_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'hpcmlx\[eval\]'"):
         harness._prepare()
 

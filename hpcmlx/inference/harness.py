@@ -11,7 +11,6 @@ HF_HUB_OFFLINE=0, so data sets have to be local files or in the cache already.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 from huggingface_hub import constants as hub
 
 from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.extras import require
 from hpcmlx.files import write_atomic
 from hpcmlx.inference.engine import Engine
 from hpcmlx.inference.evaluate import Verdict
@@ -154,8 +154,7 @@ class Crew:
 
 def _prepare() -> None:
     """Make lm-eval importable, and everything that it imports offline."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("evaluate.kind=harness needs lm-eval: pip install 'hpcmlx[eval]'")
+    require("lm_eval", "eval", "evaluate.kind=harness", "evaluate a text or choices")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         os.environ.setdefault(name, os.environ.get("HF_HUB_OFFLINE", "1"))
     # Imported long ago, by transformers, it does not look at its variable again.

@@ -5,14 +5,13 @@ The trainer draws it on rank 0 at the end of a run, from what `metrics.read_metr
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from hpcmlx.errors import ConfigError
+from hpcmlx.extras import require
 
 #: The picture's file in a run directory.
 PICTURE = "curves.png"
@@ -28,11 +27,7 @@ def require_matplotlib() -> None:
     Raises:
         ConfigError: matplotlib is not installed here.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "a run's curves are drawn with matplotlib, which is not installed on this host: "
-            "pip install 'hpcmlx[plot]', or leave the picture out"
-        )
+    require("matplotlib", "plot", "a picture of a run's curves", "leave it out")
 
 
 def draw(metrics: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> bytes:

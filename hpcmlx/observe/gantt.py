@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from hpcmlx.errors import ConfigError
+from hpcmlx.extras import require
 from hpcmlx.observe.timeline import CODES, KINDS, SPAN, WAIT, Lane
 
 #: The picture's file in a run directory.
@@ -32,11 +31,7 @@ def require_matplotlib() -> None:
     Raises:
         ConfigError: matplotlib is not installed here.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "timeline=true draws with matplotlib, which is not installed on this host: "
-            "pip install 'hpcmlx[plot]', or leave timeline out"
-        )
+    require("matplotlib", "plot", "timeline=true", "leave timeline out")
 
 
 def draw(lanes: Sequence[Lane], layout: str) -> bytes:

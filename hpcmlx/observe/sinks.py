@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpcmlx.errors import ConfigError
+from hpcmlx.extras import require
 
 _PROJECT = "hpcmlx"
 _BATCH = 500  # numbers in one request; MLflow allows 1000
@@ -49,11 +50,7 @@ def require_sinks(names: Sequence[str]) -> None:
         if name not in _SINKS:
             raise ConfigError(f"there is no sink {name!r}: choose from {', '.join(_SINKS)}")
         package, _ = _SINKS[name]
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"metrics go to {name} through the package {package}, which is not installed on "
-                f"this host: pip install 'hpcmlx[{name}]', or leave {name} out"
-            )
+        require(package, name, f"train.sinks={name}", "leave it out")
 
 
 def open_sinks(names: Sequence[str], run_dir: Path, first_step: int = 0) -> list[Sink]:

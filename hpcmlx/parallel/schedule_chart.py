@@ -6,7 +6,6 @@ chunk, the microbatch's number in every cell that has room for it. `jobs/plan.py
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from math import ceil
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hpcmlx.errors import ConfigError
+from hpcmlx.extras import require
 from hpcmlx.parallel.schedule import Action, Kind, Schedule, Simulation, schedule, simulate
 
 Seconds = float | Sequence[float]
@@ -93,11 +92,7 @@ def draw(
     """
     actions = schedule(name, num_stages, num_microbatches, num_chunks)
     result = simulate(actions, forward_time, backward_time)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "a schedule's picture is drawn with matplotlib, which is not installed on this host: "
-            "pip install 'hpcmlx[plot]', or leave the picture out"
-        )
+    require("matplotlib", "plot", "a schedule's picture", "leave it out")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
