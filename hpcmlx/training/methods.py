@@ -133,13 +133,20 @@ class DoRATraining(LoRALinear):
     def __call__(self, x: mx.array) -> mx.array:
         with _without_bias(self) as bias:
             y = super().__call__(x)
-            norms = mx.stop_gradient(mx.sqrt(self.squares()))
+            norms = mx.stop_gradient(mx.sqrt(self.squares(y)))
         y = (self.dora_magnitude.astype(mx.float32) / norms).astype(y.dtype) * y
         return y if bias is None else y + bias
 
-    def squares(self) -> mx.array:
-        """[out] float32: squared norms of the adapted weight's rows, whole on every rank."""
+    def squares(self, after: mx.array | None = None) -> mx.array:
+        """[out] float32: squared norms of the adapted weight's rows, whole on every rank.
+
+        Args:
+            after: what is to be there before. Of sums over ranks that do not wait for each other,
+                ranks with other shares may do another one first.
+        """
         down, up = (mx.stop_gradient(a) for a in (self.lora_down, self.lora_up))
+        if after is not None:
+            down = mx.depends(down, mx.stop_gradient(after))
         scale = self.lora_scale
         with _without_bias(self):
             adapted = super().__call__(down)  # [rank, out]: down W^T + s (down down^T) up^T

@@ -71,6 +71,8 @@ class Place:
         """What this rank answers for in the whole shape, zero elsewhere."""
         if self.cut is None:
             return array
+        if self.owned is not None and not self.owned.intervals:
+            return mx.zeros(self.shape, array.dtype)
         return _spread(self.own(array), self.owned or self.cut, self.shape)
 
     def local(self, whole: mx.array) -> mx.array:

@@ -49,11 +49,42 @@ def _recomputed(run: Callable[..., Any], held: Held) -> Callable[..., Any]:
             made[:] = [output]
             return [leaf for leaf in flatten(output) if isinstance(leaf, mx.array)]
 
-        arrays = iter(mx.checkpoint(arrays_of)(held.get(), [leaves[i] for i in places]))
+        arrays = iter(_checkpoint(arrays_of, held.get(), [leaves[i] for i in places]))
         parts = [next(arrays) if isinstance(x, mx.array) else x for x in flatten(made[0])]
         return rebuild(made[0], iter(parts))
 
     return call
+
+
+def _checkpoint(
+    run: Callable[[list[mx.array], list[mx.array]], list[mx.array]],
+    values: list[mx.array],
+    given: list[mx.array],
+) -> list[mx.array]:
+    """`run(values, given)`, run again in the backward pass, and not before the gradients of its
+    outputs are there.
+
+    `mx.checkpoint` waits for the outputs alone. Then one layer's second run may come before or
+    after another's backward pass, as the shape of the graph has it; and tensor-parallel ranks with
+    uneven shares, whose graphs differ, would take each other's sums for their own.
+    """
+    count = len(values)
+
+    def flat(*arrays: mx.array) -> list[mx.array]:
+        return run(list(arrays[:count]), list(arrays[count:]))
+
+    checkpointed = mx.custom_function(flat)
+
+    @checkpointed.vjp
+    def _(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], _outputs: object
+    ) -> tuple[mx.array, ...]:
+        later = mx.depends(list(primals), list(cotangents))
+        return tuple(mx.vjp(flat, later, list(cotangents))[1])
+
+    made: Any = checkpointed(*values, *given)
+    outputs: list[mx.array] = made
+    return outputs
 
 
 def _differentiable(value: Any) -> bool:
