@@ -129,16 +129,9 @@ class Communicator:
             self._mpi.Allreduce(_in_place(), total)
         return [float(x) for x in total]
 
-    def broadcast_arrays(self, arrays: Sequence[mx.array], root: int) -> list[mx.array]:
-        """The arrays of rank `root`; the others give arrays of the same shapes and of one dtype
-        common to all, whose values do not matter. Collective."""
-        if self.size == 1 or not arrays:
-            return list(arrays)
-        wire = [a.view(_WIRE[a.dtype]) if a.dtype in _WIRE else a for a in arrays]
-        mx.eval(wire)
-        flat = np.concatenate([np.array(a, copy=False).reshape(-1) for a in wire])
-        self._mpi.Bcast(flat, root)
-        return [a.view(b.dtype) for a, b in zip(_apart(flat, wire), arrays, strict=True)]
+    def ibcast(self, buffer: np.ndarray, root: int) -> Pending:
+        """Start filling `buffer`, as long on every rank, with that of rank `root`. Collective."""
+        return Pending(self._mpi.Ibcast(buffer, root), buffer)
 
     # -- control: Python objects and barriers --
 

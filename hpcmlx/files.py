@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import secrets
@@ -150,7 +151,7 @@ class DurableLog:
         except OSError as error:
             raise cannot_create(error, path) from error
         with reported(path):
-            _flush_directory(path.parent)
+            flush_directory(path.parent)
 
     def append(self, data: bytes) -> None:
         """Write `data` in one piece and flush it.
@@ -206,7 +207,7 @@ def _replacing(path: Path) -> Iterator[int]:
             os.close(fd)
         with reported(path, size):
             os.rename(temporary, path)
-            _flush_directory(path.parent)
+            flush_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -219,7 +220,7 @@ def flush(fd: int) -> None:
         os.fsync(fd)
 
 
-def _flush_directory(path: Path) -> None:
+def flush_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -274,3 +275,16 @@ def _reason(error: OSError) -> str:
 
 def _size(num_bytes: int) -> str:
     return f" ({num_bytes} bytes)" if num_bytes else ""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file, in hex.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"reading {path} failed: {error.strerror}") from error

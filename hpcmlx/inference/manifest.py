@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcmlx.errors import ConfigError, IntegrityError, StorageError
-from hpcmlx.files import write_atomic
+from hpcmlx.files import sha256_of, write_atomic
 from hpcmlx.models.checkpoint import FETCH_PATTERNS, Checkpoint, GGUFCheckpoint
-from hpcmlx.models.checksums import CHECKSUMS, sha256_of
+from hpcmlx.models.checksums import CHECKSUMS
 from hpcmlx.rundir import MANIFEST
 from hpcmlx.settings import GenerateConfig
 

@@ -7,7 +7,6 @@ others publish, `SHA256SUMS` in the directory or `FILE.gguf.sha256`, is honoured
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from hpcmlx import comm
 from hpcmlx.agree import share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, HpcmlxError, IntegrityError, StorageError
-from hpcmlx.files import write_atomic
+from hpcmlx.files import sha256_of, write_atomic
 from hpcmlx.models.checkpoint import FETCH_PATTERNS
 
 CHECKSUMS = "checksums.json"
@@ -230,15 +229,6 @@ def _digests(paths: list[Path], num_sharing: int = 1) -> list[str]:
     threads = min(_MAX_THREADS, (os.cpu_count() or 1) // num_sharing, len(paths))
     with ThreadPoolExecutor(max(1, threads)) as pool:
         return list(pool.map(sha256_of, paths))
-
-
-def sha256_of(path: Path) -> str:
-    """Of a whole file, in hex. Raises StorageError."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from error
 
 
 def _check_blob(path: Path, digest: str) -> None:

@@ -21,7 +21,7 @@ from math import isfinite
 from pathlib import Path
 
 from hpcmlx.errors import IntegrityError, StorageError
-from hpcmlx.files import _flush_directory, reported, write_atomic
+from hpcmlx.files import flush_directory, reported, write_atomic
 from hpcmlx.training.manifest import MANIFEST, RESTORE, decode
 
 _STEP = re.compile(r"step-(\d{8,})(\.tmp|\.del)?")
@@ -139,7 +139,7 @@ class StepStore:
     def _rename(self, old: Path, new: Path) -> None:
         with reported(new):
             os.rename(old, new)
-            _flush_directory(self.directory)
+            flush_directory(self.directory)
 
 
 def _delete(path: Path) -> None:

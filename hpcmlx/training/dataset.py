@@ -20,8 +20,7 @@ from hpcmlx import comm
 from hpcmlx.agree import share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import HpcmlxError, InputError, IntegrityError
-from hpcmlx.files import cannot_create
-from hpcmlx.models.checksums import sha256_of
+from hpcmlx.files import cannot_create, sha256_of
 from hpcmlx.training.examples import (
     Counts,
     ExampleReader,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from hpcmlx.agree import agree, share_failure
 from hpcmlx.errors import HpcmlxError, IntegrityError, StorageError
+from hpcmlx.files import sha256_of
 from hpcmlx.training.commit import Mark, StepStore
 from hpcmlx.training.hosts import Places, spread
 from hpcmlx.training.manifest import MANIFEST, RESTORE, Manifest, decode, shard_name
-from hpcmlx.training.shards import sha256_of
 
 
 def tidy(places: Places, steps: StepStore) -> list[dict[int, Mark]]:

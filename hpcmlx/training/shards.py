@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import file_digest
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from hpcmlx.errors import IntegrityError, StorageError
-from hpcmlx.files import write_hdf5
+from hpcmlx.files import sha256_of, write_hdf5
 from hpcmlx.parallel.partition import Cut
 from hpcmlx.training.pieces import Block, Piece, as_cut, dtype_name, storage_shape
 
@@ -128,15 +127,6 @@ def _written(path: Path, snapshots: Mapping[str, Snapshot]) -> str:
             f"{path} is not what was written ({error}): the disk or its controller is failing"
         ) from error
     return digest
-
-
-def sha256_of(path: Path) -> str:
-    """Of a whole file, in hex. Raises StorageError."""
-    try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"reading {path} failed: {error.strerror}") from error
 
 
 def _forget(path: Path) -> None:

@@ -117,12 +117,12 @@ def _share(
             for root, names in enumerate(pieces)
         ]
         requests = [
-            group._mpi.Ibcast(buffer[start : start + _MESSAGE], root)
+            group.ibcast(buffer[start : start + _MESSAGE], root)
             for root, buffer in enumerate(buffers)
             for start in range(0, len(buffer), _MESSAGE)
         ]
         for request in requests:
-            request.Wait()
+            request.wait()
         for root, (names, buffer) in enumerate(zip(pieces, buffers, strict=True)):
             if root != group.rank:
                 shared |= _arrays(buffer, names, params)
