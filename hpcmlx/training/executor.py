@@ -152,7 +152,8 @@ class Executor:
                 tokens = microbatch.tokens
                 inputs = self._inputs(chunk, tokens)
                 self._wait(self._receive(action, inputs))
-                outputs = self._outputs(chunk, microbatch, tokens, inputs, chunk.held.get())
+                trained = chunk.held.get()
+                outputs = self._outputs(chunk, microbatch, inputs, trained, gradients=False)
                 mx.eval(outputs)
                 if chunk.loss is None:
                     self._send(action, outputs)
@@ -176,7 +177,7 @@ class Executor:
         def outputs(*arrays: mx.array) -> list[mx.array]:
             given, trained = arrays[: len(inputs)], arrays[len(inputs) :]
             with chunk.held(trained):
-                return self._outputs(chunk, microbatch, tokens, given, trained)
+                return self._outputs(chunk, microbatch, given, trained)
 
         made, gradients = mx.vjp(outputs, [*inputs, *chunk.held.get()], cotangents)
         mx.eval(made)
@@ -191,12 +192,13 @@ class Executor:
         self,
         chunk: Chunk,
         microbatch: Microbatch,
-        tokens: mx.array,
         inputs: Sequence[mx.array],
         trained: Sequence[mx.array],
+        *,
+        gradients: bool = True,
     ) -> list[mx.array]:
         """What the stage sends, or the loss."""
-        stage = chunk.loaded.stage
+        stage, tokens = chunk.loaded.stage, microbatch.tokens
         caches: list[Any] | None = None
         if microbatch.segments is not None:
             caches = document_caches(stage.model, microbatch.segments)
@@ -206,7 +208,7 @@ class Executor:
         own = chunk.head.parameters
         pairs = zip(chunk.names, trained, strict=True)
         used = {name: array for name, array in pairs if name in own}
-        return [chunk.loss(arrays, tokens, microbatch.targets, used)]
+        return [chunk.loss(arrays, tokens, microbatch.targets, used, gradients=gradients)]
 
     def _backward(
         self, action: Action, add: Callable[[Mapping[str, mx.array]], None] | None
