@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
 LAYERS = ["blas", "errors", "extras", "faults", "files", "rundir", "log", "orphans", "schema"]
-LAYERS += ["settings", "settings_finetune", "config", "launch", "comm", "agree"]
+LAYERS += ["settings", "settings_finetune", "config", "launch", "probes"]
+LAYERS += ["comm", "agree", "jaccl"]
 LAYERS += ["mesh", "parallel"]
-LAYERS += ["models", "observe", "inference", "training", "bench", "job"]
+LAYERS += ["models", "observe", "inference", "training", "bench", "doctor", "job"]
 PURE = {"errors", "extras", "faults", "files", "rundir", "log", "orphans", "schema", "config"}
 PURE |= {"settings", "settings_finetune", "launch"}
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
