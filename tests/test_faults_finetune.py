@@ -207,16 +207,17 @@ def test_layouts_agree(truth, layout):
 def test_five_kills_change_nothing(truth, launch, tmp_path):
     """Fault 4, and 25: ranks are killed at random steps, again and again in one run directory."""
     rng, run_dir, saved = random.Random(11), tmp_path / "run", 0
-    for _ in range(5):
-        step = rng.randint(saved + 1, min(saved + 2 * SAVE_EVERY, STEPS))
+    for ahead in rng.sample([2, 4, 5, 7, 8], 5):
+        step = min(saved + ahead, STEPS)
         fault = f"rank={rng.randrange(2)},step={step},kind=kill"
         outcome = launch(run_dir, "dp2", f"train.save_every={SAVE_EVERY}", fault=fault)
         assert outcome.code != 0 and "injected fault: kill" in outcome.err, outcome.err
         assert not outcome.survivors and not (run_dir / "completed.json").exists()
         before, saved = saved, committed(run_dir)[-1] if committed(run_dir) else 0
         assert saved >= before and saved % SAVE_EVERY == 0
-        # One interval, and what was done while the next was being written.
-        assert num_rows(run_dir) - saved <= 2 * SAVE_EVERY
+        # One interval, and what was done while the next checkpoint was being written: a save waits
+        # for the one before.
+        assert num_rows(run_dir) - saved < 2 * SAVE_EVERY
     assert saved > 0
     assert_done(launch(run_dir, "dp2", f"train.save_every={SAVE_EVERY}"), run_dir)
     assert_like(run_dir, truth("dp2"))
