@@ -17,7 +17,7 @@ LAYERS += ["comm", "agree", "jaccl"]
 LAYERS += ["mesh", "parallel"]
 LAYERS += ["models", "observe", "inference", "training", "bench", "doctor", "job"]
 PURE = {"errors", "extras", "faults", "files", "rundir", "log", "orphans", "schema", "config"}
-PURE |= {"settings", "settings_finetune", "launch"}
+PURE |= {"settings", "settings_finetune", "launch", "probes"}
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 MODULES = [p for p in MODULES if p != Path("hpcmlx/__init__.py")]
 
