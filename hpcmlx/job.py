@@ -29,7 +29,7 @@ from hpcmlx import comm, config, log, orphans
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
 from hpcmlx.files import write_atomic
-from hpcmlx.launch import mpirun
+from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.rundir import lock_run_dir, make_run_dir, open_run_dir
 
@@ -124,7 +124,8 @@ def run_job(
 
 def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | None:
     """What a process that mpirun did not start does itself: print help or the configuration, or
-    start mpirun (`launch=mpirun`). Its exit code; None where it is the job's only rank."""
+    start mpirun (`launch=mpirun`), submit (`launch=slurm`). Its exit code; None where it is the
+    job's only rank."""
     if command.show == "help":
         print(config.help_text(schema, CONF))
         return ExitCode.OK
@@ -134,7 +135,8 @@ def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | 
         return ExitCode.OK
     if settings.launch.kind == "none":
         return None
-    return mpirun.relaunch(name, sys.argv[0], command.overrides, settings)
+    start = submit.submit if settings.launch.kind == "slurm" else mpirun.relaunch
+    return start(name, sys.argv[0], command.overrides, settings)
 
 
 def _run(

@@ -151,16 +151,48 @@ class ScoringConfig:
 
 
 @dataclass(kw_only=True)
+class SlurmConfig:
+    """launch=slurm: what is asked of Slurm; null: what the site's default is."""
+
+    partition: str | None = setting("one, or several with commas", None)
+    account: str | None = setting("whom it is charged to", None)
+    qos: str | None = setting("quality of service", None)
+    nodes: int | None = setting("null: as many as the ranks need", None, low=1)
+    ntasks_per_node: int | None = setting(
+        "ranks of a node, at most; null: one, or what `nodes` makes of them", None, low=1
+    )
+    cpus_per_task: int | None = setting("CPUs of a rank", None, low=1)
+    mem: str | None = setting("memory of a node, as in 64G", None)
+    time: str | None = setting("limit, as in 02:00:00 or 2-12:00:00", None)
+    signal_seconds: int = setting(
+        "before the limit the job is told to save and to end; Slurm may be 30 s early", 120,
+        low=10, high=65535,
+    )  # fmt: skip
+    max_requeues: int = setting(
+        "times a job that can go on is put back into the queue, at most; never where nothing new "
+        "was saved",
+        20,
+        low=0,
+    )
+    dependency: str | None = setting("jobs to wait for, as in afterok:123", None)
+    extra: list[str] = setting("further options of sbatch, as in ['--gres=gpu:1']", [])
+    follow: bool = setting("wait for the job and show its log; false: only submit it", True)
+
+
+@dataclass(kw_only=True)
 class LaunchConfig:
     """Whether the job starts its own mpirun."""
 
     kind: str = setting(
-        "none: this process is a rank; mpirun: start one", "none", choices=("none", "mpirun")
+        "none: this process is a rank; mpirun: start one; slurm: submit a job that does",
+        "none",
+        choices=("none", "mpirun", "slurm"),
     )
     hostfile: str | None = setting(
         "Open MPI hostfile; null: this host, or Slurm's allocation", None
     )
     num_ranks: int | None = setting("null: dp x pp x tp, the only number that fits", None, low=1)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(kw_only=True)
@@ -214,6 +246,10 @@ class JobConfig:
             raise ConfigError(
                 f"launch.num_ranks={launch.num_ranks} but the layout "
                 f"dp{parallel.dp}_pp{parallel.pp}_tp{parallel.tp} is for {world}: leave it null"
+            )
+        if launch.kind == "slurm" and launch.hostfile is not None:
+            raise ConfigError(
+                "launch.hostfile is set, but with launch=slurm it is Slurm that has the hosts"
             )
         if getattr(self, "resume", None) is not None and self.run_dir is not None:
             raise ConfigError("resume and run_dir both name the run directory: give one of them")

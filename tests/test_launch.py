@@ -285,11 +285,3 @@ def test_signals_reach_the_ranks_and_nothing_stays(tmp_path, number):
     while any(is_alive(int(p.read_text())) for p in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_the_batch_script_passes_the_signal_on_and_asks_for_the_record():
-    path = ROOT / "slurm/generate.sbatch"
-    subprocess.run(["bash", "-n", path], check=True)
-    text = path.read_text()
-    assert "#SBATCH --signal=B:USR1@" in text and "trap 'kill -USR1 $pid' USR1" in text
-    assert "completed.json" in text and "-hostfile" not in text and "srun" not in text

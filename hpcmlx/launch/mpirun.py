@@ -92,15 +92,18 @@ def build_argv(
     return [*argv, python, script, *overrides]
 
 
-def child_overrides(overrides: Sequence[str], run_dir: Path, key: str = "run_dir") -> list[str]:
+def child_overrides(
+    overrides: Sequence[str], run_dir: Path, key: str = "run_dir", kind: str = "none"
+) -> list[str]:
     """What the ranks get: the same job, in this run directory, and no mpirun of its own.
 
     Args:
         key: "resume" where the run directory is one to go on with.
+        kind: "mpirun" for a batch job, which starts the ranks itself.
     """
     replaced = ("launch", "launch.kind", "run_dir", "resume")
     kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
-    return [*kept, "launch.kind=none", quote(key, str(run_dir))]
+    return [*kept, f"launch.kind={kind}", quote(key, str(run_dir))]
 
 
 def ranks_here(num_ranks: int, hosts: Sequence[Host], here: Collection[str], cores: int) -> int:
@@ -181,15 +184,9 @@ def verdict(run_dir: Path, launch: str, code: int, *, resumable: bool = False) -
         code: of `run`.
         resumable: whether the job can go on with what is in the run directory.
     """
-    try:
-        record = json.loads((run_dir / COMPLETED).read_text())
-        if record["launch"] == launch:
-            return int(record["exit_code"])
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"hpcmlx: {run_dir / COMPLETED} cannot be read: {error}", file=sys.stderr)
-        return int(ExitCode.INTEGRITY)
+    found = recorded(run_dir, launch)
+    if found is not None:
+        return found
     if code == 0:
         print(
             f"hpcmlx: mpirun ended with 0 but there is no {run_dir / COMPLETED}: a host was lost, "
@@ -206,6 +203,18 @@ def verdict(run_dir: Path, launch: str, code: int, *, resumable: bool = False) -
         )
         return int(ExitCode.LOST_PEER)
     return code
+
+
+def recorded(run_dir: Path, launch: str) -> int | None:
+    """The exit code in the completion record of this launch; None where it has left none."""
+    try:
+        record = json.loads((run_dir / COMPLETED).read_text())
+        return int(record["exit_code"]) if record["launch"] == launch else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"hpcmlx: {run_dir / COMPLETED} cannot be read: {error}", file=sys.stderr)
+        return int(ExitCode.INTEGRITY)
 
 
 def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfig) -> int:
