@@ -18,11 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from hpcmlx import faults
 from hpcmlx.comm import hostname
+from hpcmlx.errors import OutputError
+from hpcmlx.settings_finetune import TrainConfig
+from hpcmlx.training.optim import Optimizer, OptimSettings
+from hpcmlx.training.resume import check_checkpoint_room, drop_later_lines
 from tests import fixtures
 from tests.finetune_runs import (
     committed,
@@ -57,8 +62,8 @@ FAULTS = {
     18: ["test_mpirun_is_ended"],
     19: ["test_signals_at_bad_moments"],
     22: ["test_a_full_disk", f"{_STORE}.test_a_full_disk_fails_the_save_and_nothing_else"],
-    24: ["test_too_little_room_is_seen_before_the_model_loads"],
-    25: ["test_five_kills_change_nothing"],
+    24: ["test_too_little_room_is_seen_before_the_model_loads", "test_room_for_checkpoints"],
+    25: [f"{_STORE}.test_a_kill_before_every_single_step_of_the_protocol"],
     26: [f"{_STORE}.test_a_kill_before_every_single_step_of_the_protocol"],
     27: ["test_damage_is_refused", f"{_STORE}.test_two_hundred_damages_and_none_is_silent"],
     28: ["test_damage_is_refused", f"{_STORE}.test_all_ranks_agree_on_what_one_host_has_lost"],
@@ -205,7 +210,7 @@ def test_layouts_agree(truth, layout):
 
 
 def test_five_kills_change_nothing(truth, launch, tmp_path):
-    """Fault 4, and 25: ranks are killed at random steps, again and again in one run directory."""
+    """Fault 4: ranks are killed at random steps, again and again in one run directory."""
     rng, run_dir, saved = random.Random(11), tmp_path / "run", 0
     for ahead in rng.sample([2, 4, 5, 7, 8], 5):
         step = min(saved + ahead, STEPS)
@@ -239,7 +244,7 @@ def test_power_loss(truth, begin, launch, tmp_path):
         job.process.send_signal(signal.SIGCONT)
         saved.append(state(copy).step)
         assert num_rows(copy) >= saved[-1] >= max(saved)
-    assert_done(job.wait(), run_dir)
+    assert_done(job.wait(120), run_dir)
     assert_like(run_dir, truth("alone"))
     assert saved[0] < STEPS // 2 and len(set(saved)) > 5, saved
     again = tmp_path / "0"
@@ -256,7 +261,7 @@ def test_mpirun_is_ended(truth, begin, launch, tmp_path):
     job = begin(run_dir, "tp2", *options, fault=f"rank=1,step={2 * SAVE_EVERY + 3},kind=hang")
     job.wait_for("injected fault")
     job.process.send_signal(signal.SIGTERM)
-    outcome = job.wait(patience=GRACE)
+    outcome = job.wait(120, patience=GRACE)
     assert outcome.code != 0
     assert_nothing_left(outcome, None)
     assert state(run_dir).step in (SAVE_EVERY, 2 * SAVE_EVERY)
@@ -270,7 +275,7 @@ def test_a_signal_ends_a_launch_and_loses_no_step(truth, begin, launch, tmp_path
     job = begin(run_dir, "pp2", "launch=mpirun")
     job.wait_for(f"step  4/{STEPS}")
     job.process.send_signal(signal.SIGUSR1)
-    outcome = job.wait()
+    outcome = job.wait(120)
     steps = assert_stopped(outcome, run_dir, 5)
     assert committed(run_dir) == [steps]
     assert f"asked to stop: step {steps} of {STEPS} is saved" in outcome.err
@@ -287,7 +292,7 @@ def test_signals_at_bad_moments(truth, begin, launch, tmp_path):
     job = begin(run_dir, "dp2")
     job.wait_for("layout")
     job.process.send_signal(signal.SIGUSR1)
-    steps = assert_stopped(job.wait(), run_dir, 0)
+    steps = assert_stopped(job.wait(120), run_dir, 0)
 
     job = begin(run_dir, "dp2")
     job.wait_for(f"step {steps + 2:2}/")
@@ -297,7 +302,7 @@ def test_signals_at_bad_moments(truth, begin, launch, tmp_path):
     job.process.send_signal(signal.SIGUSR1)
     time.sleep(0.3)
     os.kill(late, signal.SIGCONT)
-    steps = assert_stopped(job.wait(), run_dir, steps + 2)
+    steps = assert_stopped(job.wait(120), run_dir, steps + 2)
 
     job = begin(run_dir, "dp2", "train.save_every=2")
     job.wait_for(f"step {steps + 1:2}/")
@@ -306,7 +311,7 @@ def test_signals_at_bad_moments(truth, begin, launch, tmp_path):
     for _ in range(10):
         job.process.send_signal(signal.SIGUSR1)
         time.sleep(0.001)
-    assert_stopped(job.wait(), run_dir, steps + 1)
+    assert_stopped(job.wait(120), run_dir, steps + 1)
 
     assert_done(launch(run_dir, "dp2"), run_dir)
     assert_like(run_dir, truth("dp2"))
@@ -325,7 +330,7 @@ def test_a_full_disk(truth, begin, launch, tmp_path):
         free = os.statvfs(disk.path)
         filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 60_000))
         job.process.send_signal(signal.SIGCONT)
-        outcome = job.wait()
+        outcome = job.wait(120)
         words = [f"no room for {run_dir}/checkpoints/step-0000", "shard-00000.h5", "free some"]
         assert_refused(outcome, 74, *words, run_dir=run_dir)
         saved = state(run_dir)
@@ -345,6 +350,29 @@ def test_too_little_room_is_seen_before_the_model_loads(launch, tmp_path):
         assert "layers" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("dtype", "save_every", "there", "needed"),
+    [
+        (mx.float32, None, 0, "a checkpoint may need 3.0 MiB"),
+        (mx.bfloat16, None, 0, "a checkpoint may need 3.5 MiB"),
+        (mx.float32, 10, 0, "the checkpoints that are kept may need 12.0 MiB"),
+        (mx.float32, 60, 0, "the checkpoints that are kept may need 6.0 MiB"),
+        (mx.float32, 10, 9 << 20, "are kept may need 3.0 MiB"),
+    ],
+)
+def test_room_for_checkpoints(tmp_path, monkeypatch, dtype, save_every, there, needed):
+    """Fault 24: parameters, their averages and copies; the newest beside those that are kept, less
+    what is there already."""
+    monkeypatch.setattr("hpcmlx.rundir.free_bytes", lambda _: 0)
+    if there:
+        (tmp_path / "step-00000010").mkdir()
+        (tmp_path / "step-00000010/shard-00000.h5").write_bytes(bytes(there))
+    cfg = TrainConfig(save_every=save_every, keep_last=2, keep_best=1)
+    trained = {"a.weight": mx.zeros((512, 512), dtype)}
+    with pytest.raises(OutputError, match=needed):
+        check_checkpoint_room(tmp_path, cfg, 100, trained, Optimizer(OptimSettings(), 100))
+
+
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_damage_is_refused(truth, launch, tmp_path, damage):
     """Faults 27 and 28: before the model loads, and the file is named."""
@@ -360,6 +388,17 @@ def test_damage_is_refused(truth, launch, tmp_path, damage):
     outcome = launch(run_dir, "alone")
     assert_refused(outcome, 77, f"step-{STEPS:08}/shard-00001.h5", "restore")
     assert "layers" not in outcome.err
+
+
+def test_answers_of_steps_that_are_done_again_are_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    drop_later_lines(path, 0)
+    assert not path.exists()
+    lines = [json.dumps({"step": step, "answer": "ä"}) + "\n" for step in (-1, 4, 9)]
+    path.write_text("".join(lines) + '{"step": 14, "ans')
+    for first, kept in ((15, 3), (9, 2), (-1, 0)):
+        drop_later_lines(path, first)
+        assert path.read_text() == "".join(lines[:kept])
 
 
 # -- numbers --
