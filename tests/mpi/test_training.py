@@ -115,7 +115,7 @@ def truths():
 @pytest.mark.parametrize("case, layout", PAIRS)
 def test_as_the_twin(case, layout, world, checkpoint, truths):
     steps = case.steps if layout == HERE[0] else min(case.steps, SHORT)
-    path, setup = checkpoint(case.model), Setup(case.method)
+    path, setup = checkpoint(case.model), Setup(case.method, options=(("weights", "keep"),))
     mesh = Mesh(layout.dims, world)
     plan = batches(DATA, layout.dp, STEPS)
     with open_run(path, mesh, layout, setup) as run:
