@@ -157,7 +157,7 @@ def _work(model: nn.Module, trained: list[str], recompute: bool, full: bool) -> 
     begin = 0 if outside else next((i for i, count in enumerate(own) if count), len(own))
     backward = 3.0 if recompute else 2.0
     layers = [1.0 if i < begin else backward + (full and count > 0) for i, count in enumerate(own)]
-    return [*layers, 3.0 + (full and outside > 0)]
+    return [*layers, 2.0 + (full and outside > 0)]
 
 
 def _backwards(loaded: LoadedModel, names: list[str]) -> list[str]:
