@@ -10,6 +10,10 @@
     mpirun -n 2 python -m hpcmlx.bench layouts MODEL         batches: one rank, pp2 and dp2
     mpirun -n 2 python -m hpcmlx.bench pipeline|shard MODEL  pp2 and tp2 against mlx-lm's own
     mpirun -n 2 python -m hpcmlx.bench load MODEL --axis tp  what loading reads and holds
+    python -m hpcmlx.bench train MODEL             LoRA on one rank and in mlx-lm, in turn
+    python -m hpcmlx.bench save MODEL              checkpoints of a full fine-tuning
+    mpirun -n 2 python -m hpcmlx.bench train_layouts MODEL   one rank, dp2, pp2 and tp2, in turn
+    mpirun -n 2 python -m hpcmlx.bench train_memory MODEL    peaks of pp2 over microbatches
 
 `compare` runs these, each in processes of its own.
 """
@@ -26,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hpcmlx import BLAS, comm
-from hpcmlx.bench import batch, layouts, measure, roofs
+from hpcmlx.bench import batch, layouts, measure, roofs, training, training_costs
 from hpcmlx.bench.memory import measure_growth
 from hpcmlx.bench.random_models import random_checkpoint
 from hpcmlx.bench.rows import Workload
@@ -63,11 +67,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=whole.num_rows)
     parser.add_argument("--words", type=int, nargs=2, default=whole.num_words)
     parser.add_argument("--new", type=int, nargs=2, default=whole.num_new)
+    chats = training.Chats()
+    parser.add_argument("--steps", type=int, default=chats.num_steps, help="of a run of training")
+    parser.add_argument("--layers", type=int, help="for save: train the last so many")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=training_costs.MICROBATCHES)
     parser.add_argument("--batches", type=int, nargs="+", default=roofs.BATCHES)
     parser.add_argument("--tiny", action="store_true", help="tiny random models, to try it out")
     args = parser.parse_args()
     rounds = {"rounds": args.rounds}
     rows = rounds | {"workload": Workload(args.rows, tuple(args.words), tuple(args.new))}
+    tuned = training.Chats(args.steps, args.rows, tuple(args.words))
     tiny = "tiny " if args.tiny else ""
     measurements: dict[str, Callable[[], Any]] = {
         "pair": partial(measure.pair, args.model, **rounds),
@@ -83,6 +92,14 @@ def main() -> None:
         "shard": partial(layouts.llama_shard, f"{tiny}heads8", **rounds),
         "curve": partial(roofs.curve, args.model, batches=args.batches, **rounds),
         "memory": partial(memory, args.model, args.rows),
+        "train": partial(training.train, args.model, chats=tuned, **rounds),
+        "train_layouts": partial(training.train_layouts, args.model, chats=tuned, **rounds),
+        "train_memory": partial(
+            training_costs.train_memory, args.model, chats=tuned, counts=args.microbatches
+        ),
+        "save": partial(
+            training_costs.save, args.model, chats=tuned, num_layers=args.layers, **rounds
+        ),
     }
     if args.what not in measurements:
         parser.error(f"nothing is called {args.what!r}; there is {', '.join(measurements)}")

@@ -66,6 +66,10 @@ class Plan:
     def measure_rows(self, what: str, *options: str, rows: int | None = None, **how: Any) -> Any:
         return self.measure(what, "--rows", str(rows or self.rows), *options, **how)
 
+    def measure_training(self, what: str, *options: str, **how: Any) -> Any:
+        """An update has an eighth of the rows of a batch."""
+        return self.measure_rows(what, *options, rows=max(2, self.rows // 8), **how)
+
 
 def _single(plan: Plan) -> str:
     plan.progress("one rank against mlx-lm")
@@ -134,6 +138,27 @@ def _memory(plan: Plan) -> str:
     return tables.memory(Growth(**plan.measure_rows("memory", rows=_MEMORY_ROWS)))
 
 
+def _train(plan: Plan) -> str:
+    plan.progress("LoRA on one rank against mlx-lm's trainer")
+    return tables.train(plan.measure_training("train"))
+
+
+def _train_layouts(plan: Plan) -> str:
+    plan.progress("LoRA on two ranks against one")
+    return tables.train_layouts(plan.measure_training("train_layouts", ranks=2))
+
+
+def _train_memory(plan: Plan) -> str:
+    plan.progress("memory of a pipeline over microbatches")
+    words = ("--words", "60", "60")  # rows of one length
+    return tables.train_memory(plan.measure("train_memory", *words, ranks=2))
+
+
+def _save(plan: Plan) -> str:
+    plan.progress("checkpoints")
+    return tables.save(plan.measure_training("save"))
+
+
 #: What `jobs/bench.py --only` can name, in the order of the README.
 PARTS: dict[str, Callable[[Plan], str]] = {
     "single": _single,
@@ -146,4 +171,8 @@ PARTS: dict[str, Callable[[Plan], str]] = {
     "curve": _curve,
     "host": _host,
     "memory": _memory,
+    "train": _train,
+    "train_layouts": _train_layouts,
+    "train_memory": _train_memory,
+    "save": _save,
 }

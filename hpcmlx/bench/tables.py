@@ -59,6 +59,20 @@ SHARD = tuple(
     for what in ("decode 1 row", "decode 8 rows", "prefill")
 )
 
+TRAIN = (
+    Comparison("one rank : mlx-lm, answers are learned", "hpcmlx", "mlx-lm", "≥ 1.0"),
+    Comparison("one rank : mlx-lm without `mx.compile`", "hpcmlx", "mlx-lm, not compiled", ""),
+    Comparison("… activations computed again", "hpcmlx, recompute", "mlx-lm, recompute", "≥ 1.0"),
+    Comparison("… all tokens are learned", "hpcmlx, all targets", "mlx-lm, all targets", ""),
+)
+TRAIN_LAYOUTS = (
+    Comparison("dp2 : one rank", "dp2", "one", "≥ 1.8"),
+    Comparison("pp2, 8 microbatches : one rank", "pp2", "one", "≥ 1.6"),
+    Comparison("tp2 : one rank", "tp2", "one", "≥ 1.4"),
+    Comparison("two processes apart : one", "apart", "one", ""),
+    Comparison("dp2 : two processes apart", "dp2", "apart", ""),
+)
+
 
 def single(series: dict[str, list[float]], stock: dict[str, list[float]]) -> str:
     """Speeds of single numbers; `stock` has fewer rounds, in a process of its own."""
@@ -160,6 +174,61 @@ def memory(grown: Growth) -> str:
     return _table([*head, "highest − lowest"], lines)
 
 
+def train(report: Report) -> str:
+    """One rank against mlx-lm's trainer."""
+    return _trained(report, TRAIN)
+
+
+def train_layouts(report: Report) -> str:
+    """Training on two ranks against one."""
+    return _trained(report, TRAIN_LAYOUTS)
+
+
+def train_memory(peaks: dict[str, dict[str, list[int]]]) -> str:
+    """Peaks of each rank over microbatches; growth from the fewest to the most."""
+    lines = []
+    for name, by_count in peaks.items():
+        for rank, values in enumerate(zip(*by_count.values(), strict=True)):
+            cells = [f"{value / MIB:.0f} MiB" for value in values]
+            goal = "≤ 1.05" if name == "1f1b" else ""
+            lines.append(
+                [f"{name}, rank {rank}", *cells, f"**{values[-1] / values[0]:.2f}**", goal]
+            )
+    counts = list(next(iter(peaks.values())))
+    head = ["microbatches", *counts, f"{counts[-1]} : {counts[0]}", "goal"]
+    return _table(head, lines)
+
+
+def save(found: dict[str, list[float]]) -> str:
+    """Bandwidth and pause of checkpoints."""
+    rates = [n / s / MIB for n, s in zip(found["bytes"], found["seconds"], strict=True)]
+    pauses = [p / s for p, s in zip(found["pause"], found["step"], strict=True)]
+    median = {name: statistics.median(values) for name, values in found.items()}
+    lines = [
+        ["checkpoint", f"{median['bytes'] / MIB:.0f} MiB", "", ""],
+        ["until committed, nothing else to do", f"{median['seconds']:.2f} s", "", ""],
+        ["… bandwidth", f"**{statistics.median(rates):.0f} MiB/s**", _range(rates, ".0f"), ""],
+        ["step without a save", f"{median['step']:.2f} s", "", ""],
+        ["the call that begins a save", f"{median['call']:.3f} s", "", ""],
+        ["pause of training, in steps", *_ratio(pauses), "≤ 1"],
+        ["… steps until committed", f"{median['steps']:.0f}", "", ""],
+    ]
+    return _table(["", "", "lowest–highest", "goal"], lines)
+
+
+def _trained(report: Report, comparisons: Sequence[Comparison]) -> str:
+    lines = []
+    for c in comparisons:
+        ours, theirs = report[c.ours], report[c.theirs]
+        speeds = [f"{statistics.median(side['tokens_per_sec']):.1f}" for side in (ours, theirs)]
+        difference = f"{max(side['loss_difference'] for side in (ours, theirs)):.0e}"
+        ratio = _ratio(_ratios(theirs, ours))
+        # Processes apart go on with other parameters each.
+        known = "" if "apart" in (c.ours, c.theirs) else difference
+        lines.append([c.label, " : ".join(speeds), *ratio, c.goal, known])
+    return _table(["", "tok/s", "ratio", "lowest–highest", "goal", "losses differ by"], lines)
+
+
 def _runs(report: Report, comparisons: Sequence[Comparison]) -> str:
     lines = []
     for c in comparisons:
@@ -177,7 +246,11 @@ def _ratios(slow: dict[str, Any], fast: dict[str, Any]) -> list[float]:
 
 
 def _ratio(ratios: Sequence[float]) -> list[str]:
-    return [f"**{statistics.median(ratios):.2f}**", f"{min(ratios):.2f}–{max(ratios):.2f}"]
+    return [f"**{statistics.median(ratios):.2f}**", _range(ratios, ".2f")]
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{min(values):{form}}–{max(values):{form}}"
 
 
 def _equal(run: dict[str, Any]) -> str:

@@ -170,8 +170,8 @@ class Tuner:
 
 
 class Bench:
-    """Examples, and a model that is trained on them in several ways. A context manager, which
-    keeps the examples in a directory of its own. Everything is collective over `world`."""
+    """Examples, and what trains on them in several ways. A context manager, which keeps the
+    examples in a directory of its own. Everything is collective over `world`."""
 
     def __init__(self, model: str, chats: Chats, world: Communicator):
         self.model, self.chats, self.world = model, chats, world
@@ -213,22 +213,6 @@ class Bench:
             num_epochs=1,
         )
 
-    def load(
-        self,
-        dims: ParallelDims | None = None,
-        world: Communicator | None = None,
-        *,
-        method: Method = LORA,
-        recompute: bool = False,
-    ) -> Layout:
-        """The model on a layout of `world` (the bench's own), by default on its rank 0 alone."""
-        world = world or self.world
-        mesh = Mesh(dims, world) if dims else Mesh(ParallelDims(), Communicator())
-        stages = None
-        if dims or world.rank == 0:
-            stages = load_stages(self.model, mesh, method, recompute=recompute)
-        return Layout(world, mesh, dims is None, stages, recompute)
-
     def tuner(
         self, layout: Layout, batches: Again, dataset: Dataset, schedule: str = "1f1b"
     ) -> Tuner:
@@ -237,6 +221,22 @@ class Bench:
         if layout.stages is not None:
             self._stack.enter_context(tuner.sums)
         return tuner
+
+
+def load(
+    model: str,
+    world: Communicator,
+    dims: ParallelDims | None = None,
+    *,
+    method: Method = LORA,
+    recompute: bool = False,
+) -> Layout:
+    """The model on a layout of `world`; by default on its rank 0 alone. Collective."""
+    mesh = Mesh(dims, world) if dims else Mesh(ParallelDims(), Communicator())
+    stages = None
+    if dims or world.rank == 0:
+        stages = load_stages(model, mesh, method, recompute=recompute)
+    return Layout(world, mesh, dims is None, stages, recompute)
 
 
 @contextmanager
@@ -262,7 +262,7 @@ def train(model: str, rounds: int, chats: Chats) -> dict[str, Any]:
             (", recompute", answers, True),
             (", all targets", everything, False),
         ):
-            layout = bench.load(ParallelDims(), recompute=recompute)
+            layout = load(model, bench.world, ParallelDims(), recompute=recompute)
             batches = bench.batches(dataset, chats.batch_size)
             assert layout.stages is not None
             factors = layout.stages.parameters()
@@ -301,18 +301,19 @@ def train_layouts(model: str, rounds: int, chats: Chats) -> dict[str, Any]:
         variants = {}
         for name, dims in _LAYOUTS.items():
             batches = bench.batches(dataset, micro, dims.dp if dims else 1)
-            variants[name] = Variant(bench.tuner(bench.load(dims), batches, dataset).run)
+            variants[name] = Variant(bench.tuner(load(model, world, dims), batches, dataset).run)
         halves = bench.batches(dataset, micro, 2)
         halves.replica = world.rank
-        alone = bench.tuner(bench.load(ParallelDims(), Communicator()), halves, dataset)
+        alone = bench.tuner(load(model, Communicator(), ParallelDims()), halves, dataset)
 
         def apart() -> Run:
             world.barrier()
             runs: list[Run] = world.allgather(alone.run())
-            return max(runs, key=lambda run: run.seconds)
+            losses = tuple(map(sum, zip(*(run.losses for run in runs), strict=True)))
+            return replace(max(runs, key=lambda run: run.seconds), losses=losses)
 
         variants["apart"] = Variant(apart)
-        # Each of `apart` sees half of every batch, so it has other losses.
+        # Each of `apart` goes where its own half leads: they agree with the others at first only.
         return report(in_turn(rounds, variants), lambda name: name if name == "apart" else "one")
 
 
