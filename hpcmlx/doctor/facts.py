@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,22 @@ class Facts:
 
 
 def from_dict(values: dict[str, Any]) -> Facts:
-    """The reverse of `Facts.to_dict`; what another version has beside that is left out."""
-    known = {key: values[key] for key in Facts.__dataclass_fields__ if key in values}
-    known["interfaces"] = tuple(Interface(**i) for i in known.get("interfaces", ()))
-    known["ports"] = tuple(Port(**p) for p in known.get("ports", ()))
-    known["rdma"] = Rdma(**known.get("rdma", {}))
+    """The reverse of `Facts.to_dict`, also of one that went through JSON; what another version has
+    beside that is left out."""
+    known = _known(Facts, values)
+    known["interfaces"] = tuple(
+        Interface(i["name"], i["kind"], tuple(i["addresses"])) for i in known.get("interfaces", ())
+    )
+    known["ports"] = tuple(Port(**_known(Port, p)) for p in known.get("ports", ()))
+    rdma = _known(Rdma, known.get("rdma", {}))
+    known["rdma"] = Rdma(**rdma | {"devices": tuple(rdma.get("devices", ()))})
     for key in ("macos", "wheel"):
         known[key] = tuple(known.get(key, ()))
     return Facts(**known)
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 
 def collect(run_dir: Path) -> Facts:
