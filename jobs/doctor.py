@@ -35,7 +35,8 @@ def main() -> NoReturn:
         world = comm.init()
         code = visit(world, args.run_dir)
     except HpcmlxError as error:
-        print(f"doctor: {error}", file=sys.stderr)
+        where = f"rank {world.rank} on {comm.hostname()}: " if world.size > 1 else ""
+        print(f"doctor: {where}{error}", file=sys.stderr)
         world.abort(error.exit_code)
     except BaseException:  # whatever ends one rank must end them all
         sys.excepthook(*sys.exc_info())
