@@ -138,6 +138,13 @@ def test_a_cable_that_only_one_end_sees_does_not_count():
     hosts = [member("a", port("en1", "a1", "b1")), member("b", port("en1", "b1", None))]
     assert device_matrix(hosts) == [[None, None], [None, None]]
     assert "from a - b" in obstacle(hosts)
+    hosts = [hosts[0], member("b", port("en1", "b1", "of another"))]  # plugged over meanwhile
+    assert device_matrix(hosts) == [[None, None], [None, None]]
+
+
+def test_no_rdma_through_a_dock():
+    assert port("en1", "a1", "b1").rdma_device == "rdma_en1"
+    assert port("en1", "a1", "b1", through="Dock").rdma_device is None
 
 
 # -- what speaks against it --
