@@ -7,7 +7,7 @@ import json
 import sys
 
 from hpcmlx.bench import tables, training, training_costs
-from hpcmlx.bench.training import Chats
+from hpcmlx.bench.tuners import Chats
 from tests.fixtures import model, mpirun, run_line  # noqa: F401
 
 CHATS = Chats(num_steps=2, batch_size=4, num_words=(1, 6))

@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hpcmlx import BLAS, comm
-from hpcmlx.bench import batch, layouts, measure, roofs, training, training_costs
+from hpcmlx.bench import batch, layouts, measure, roofs, training, training_costs, tuners
 from hpcmlx.bench.memory import measure_growth
 from hpcmlx.bench.random_models import random_checkpoint
 from hpcmlx.bench.rows import Workload
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=whole.num_rows)
     parser.add_argument("--words", type=int, nargs=2, default=whole.num_words)
     parser.add_argument("--new", type=int, nargs=2, default=whole.num_new)
-    chats = training.Chats()
+    chats = tuners.Chats()
     parser.add_argument("--steps", type=int, default=chats.num_steps, help="of a run of training")
     parser.add_argument("--layers", type=int, help="for save: train the last so many")
     parser.add_argument("--microbatches", type=int, nargs="+", default=training_costs.MICROBATCHES)
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     rounds = {"rounds": args.rounds}
     rows = rounds | {"workload": Workload(args.rows, tuple(args.words), tuple(args.new))}
-    tuned = training.Chats(args.steps, args.rows, tuple(args.words))
+    tuned = tuners.Chats(args.steps, args.rows, tuple(args.words))
     tiny = "tiny " if args.tiny else ""
     measurements: dict[str, Callable[[], Any]] = {
         "pair": partial(measure.pair, args.model, **rounds),

@@ -12,7 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from hpcmlx import comm
-from hpcmlx.bench.training import Bench, Chats, Tuner, load
+from hpcmlx.bench.tuners import Bench, Chats, Tuner, load
 from hpcmlx.comm import Communicator
 from hpcmlx.mesh import ParallelDims
 from hpcmlx.training.checkpoint import CheckpointStore
