@@ -19,6 +19,7 @@ from hpcmlx.files import write_atomic
 from hpcmlx.inference.manifest import fingerprint
 from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
+from hpcmlx.models.loader import resolve_formats
 from hpcmlx.rundir import check_room
 from hpcmlx.settings_finetune import FinetuneConfig, TrainConfig
 from hpcmlx.training.optim import Optimizer
@@ -64,8 +65,11 @@ def identity(
         num_steps: of the whole run.
     """
     train = cfg.train
+    dtype, weights = resolve_formats(cfg.model.dtype, cfg.model.weights)
     return {
         "model": {"path": str(checkpoint.path.absolute()), "files": fingerprint(checkpoint)},
+        "dtype": dtype,
+        "weights": weights,
         "method": asdict(cfg.method),
         "optim": asdict(cfg.optim) | {"zero1": None},  # where the state lies, not what it is
         "data": {
