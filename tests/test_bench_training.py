@@ -16,7 +16,7 @@ CHATS = Chats(num_steps=2, batch_size=4, num_words=(1, 6))
 def two_ranks(what, model, *options):  # noqa: F811
     line = [*mpirun("-n", "2"), sys.executable, "-m", "hpcmlx.bench", what, str(model)]
     words = ("--words", "1", "6", "--steps", "1", "--rounds", "1")
-    outcome = run_line([*line, *words, *options], OPENBLAS_NUM_THREADS="1")
+    outcome = run_line([*line, *words, *options], timeout=240, OPENBLAS_NUM_THREADS="1")
     assert outcome.code == 0, outcome.err
     return json.loads(outcome.out.splitlines()[-1])["result"]
 
