@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 
 from hpcmlx import comm
+from hpcmlx.inference.request import encode
 from hpcmlx.mesh import Mesh
+from hpcmlx.models.convert import convert
+from hpcmlx.models.tokenizer import load_tokenizer
+from hpcmlx.training.examples import Sample
 from hpcmlx.training.methods import Method
 from hpcmlx.training.optim import OptimSettings
+from tests.mpi.test_smollm2 import MODEL, TEXT
 from tests.training_runs import (
     FULL,
     Examples,
@@ -250,3 +255,34 @@ def test_a_step_with_nan_changes_nothing(layout, world, checkpoint, monkeypatch)
 def copies(run: Run) -> dict[str, mx.array]:
     """Parameters and optimizer state, as they are now."""
     return run.stages.parameters() | {f"state {n}": a for n, a in run.optimizer.state.items()}
+
+
+# -- real weights --
+
+
+@pytest.mark.parametrize("layout", [x for x in HERE[:2] if SIZE == 2], ids=str)
+def test_smollm2_with_lora(layout, world, shared, on_root, truths):
+    """SmolLM2-135M: 30 layers, 9 heads on 2 ranks, a vocabulary of 49,152. Its gradients go through
+    more and longer sums than the tiny models'."""
+    if not MODEL.exists():
+        pytest.fail(f"{MODEL} is missing: run `make models/smollm2/config.json`")
+    setup = Setup(Method("lora", 4, 2.0), options=(("weights", "dequantize"),))
+    tokens = np.array(encode(load_tokenizer(MODEL), TEXT), np.int32)[:72].reshape(6, 12)
+    data = Examples([Sample(row, np.arange(12) > 0) for row in tokens])
+    plan = batches(data, layout.dp, 1)
+    target = shared / "smollm2-training"
+    on_root(lambda: target.exists() or convert(MODEL, target, dequantize="float32"))
+    with open_run(MODEL, Mesh(layout.dims, world), layout, setup) as run:
+        (result,) = run.train(data, plan, 0, 1)
+        first, grads = run.gather(run.first), run.gather(run.sums.last)
+    if world.rank == 0:
+        if "smollm2" not in truths:
+            truths["smollm2"] = twin_truth(target, setup, data, plan, 1, first.whole())
+        truth = truths["smollm2"]
+        error = grads.error(truth.grads)
+        norm = abs(result.grad_norm / truth.norms[0] - 1)
+        loss = abs(result.loss / truth.losses[0] - 1)
+        print(f"smollm2 {layout}: loss {loss:.1e}, norm {norm:.1e}, gradients {error}")
+        assert loss <= TOLERANCE and norm <= 10 * TOLERANCE
+        assert error[0] <= 20 * TOLERANCE, error
+    world.barrier()
