@@ -150,7 +150,7 @@ def _train_layouts(plan: Plan) -> str:
 
 def _train_memory(plan: Plan) -> str:
     plan.progress("memory of a pipeline over microbatches")
-    words = ("--words", "60", "60")  # rows of one length
+    words = ("--words", "60", "60")
     return tables.train_memory(plan.measure("train_memory", *words, ranks=2))
 
 

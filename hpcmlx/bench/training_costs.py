@@ -28,7 +28,7 @@ def train_memory(
 ) -> dict[str, dict[str, list[int]]]:
     """Peak memory of each of two stages over the number of microbatches of an update.
 
-    Microbatches are of one row; only the size of the global batch changes.
+    Microbatches are of one row, all the same; only the size of the global batch changes.
 
     Args:
         chats: their `num_steps` and `batch_size` do not count.
@@ -41,7 +41,8 @@ def train_memory(
     found: dict[str, dict[str, list[int]]] = {name: {} for name in _SCHEDULES}
     layout = load(model, world, ParallelDims(pp=world.size))
     for count in counts:
-        with Bench(model, replace(chats, num_steps=1, batch_size=count), world) as bench:
+        rows = replace(chats, num_steps=1, batch_size=count, alike=True)
+        with Bench(model, rows, world) as bench:
             dataset = bench.dataset()
             batches = bench.batches(dataset, 1)
             for name in _SCHEDULES:

@@ -44,18 +44,22 @@ class Chats:
         num_steps: updates of one run, each with examples of its own.
         batch_size: examples of an update.
         num_words: of a question, and of an answer (least, most).
+        alike: all examples are the same one.
     """
 
     num_steps: int = 4
     batch_size: int = 8
     num_words: tuple[int, int] = (3, 80)
     seed: int = 1
+    alike: bool = False
 
     def write(self, path: Path) -> None:
         """The same examples every time, as JSONL."""
         rng, words = random.Random(self.seed), WORDS.split()
         with path.open("w") as file:
             for _ in range(self.num_steps * self.batch_size):
+                if self.alike:
+                    rng.seed(self.seed)
                 texts = [" ".join(rng.choices(words, k=rng.randint(*self.num_words))) for _ in "qa"]
                 roles = zip(("user", "assistant"), texts, strict=True)
                 chat = [{"role": role, "content": text} for role, text in roles]
