@@ -190,8 +190,10 @@ def test_a_job_that_is_preempted_goes_on(cluster, tuning):
     saved = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*")]
     assert len(saved) == 1 and 0 < saved[0] < STEPS
     assert not (run_dir / "completed.json").exists()
-    # Slurm would let it wait for two minutes.
+    # Slurm would let it wait for two minutes. Not at once: a job that starts in the second in which
+    # it was put back fails with "Job credential revoked".
     until(lambda: cluster.state(job)["JobState"] == "PENDING", 30)
+    time.sleep(2)
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     outcome = running.wait(90)
     assert_done(outcome, run_dir)
