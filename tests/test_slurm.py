@@ -30,6 +30,7 @@ from tests.fixtures import (
     assert_done,
     job_line,
     save_model,
+    stored_rows,
     write_rows,
 )
 
@@ -78,6 +79,15 @@ class Cluster:
     def state(self, job_id: str) -> dict[str, str]:
         text = self.run("scontrol", "--oneliner", "show", "job", job_id)
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+
+    def start_again(self, job_id: str) -> None:
+        """Once it is back in the queue, where Slurm would let it wait for two minutes.
+
+        Not at once: a job that starts in the second in which it was put back fails with "Job
+        credential revoked"."""
+        self.wait_for(job_id, "PENDING")
+        time.sleep(2)
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def wait_for(self, job_id: str, *names: str, seconds: float = 60) -> dict[str, str]:
         """Until a job is in one of these states."""
@@ -190,11 +200,7 @@ def test_a_job_that_is_preempted_goes_on(cluster, tuning):
     saved = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*")]
     assert len(saved) == 1 and 0 < saved[0] < STEPS
     assert not (run_dir / "completed.json").exists()
-    # Slurm would let it wait for two minutes. Not at once: a job that starts in the second in which
-    # it was put back fails with "Job credential revoked".
-    until(lambda: cluster.state(job)["JobState"] == "PENDING", 30)
-    time.sleep(2)
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_again(job)
     outcome = running.wait(90)
     assert_done(outcome, run_dir)
     for text in (
@@ -206,6 +212,28 @@ def test_a_job_that_is_preempted_goes_on(cluster, tuning):
     ):
         assert text in outcome.err, outcome.err
     assert read_metrics(run_dir)["train"]["step"].tolist() == list(range(STEPS))
+
+
+@pytest.mark.fault
+def test_generation_that_is_warned_goes_on(cluster, model):
+    """It is ended, with what is done on the disk, and requeued: every row once."""
+    rows = [{"prompt": f"row {i}"} for i in range(80)]
+    prompts, run_dir = write_rows(cluster.folder / "many.jsonl", rows), cluster.folder / "warned"
+    running = cluster.start(
+        "generate",
+        *(f"model.path={model}", f"input={prompts}", f"run_dir={run_dir}"),
+        *("inference.batch_size=2", "sampling.max_tokens=60", "sampling.temperature=1.0"),
+    )
+    job = job_id(run_dir)
+    until(lambda: any(path.stat().st_size for path in run_dir.glob("rows/*")), 60)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: cluster.state(job)["Restarts"] == "1", 60)
+    cluster.start_again(job)
+    outcome = running.wait(90)
+    assert_done(outcome, run_dir)
+    for text in ("ended with 76: requeued", " answers are there, ", ": COMPLETED"):
+        assert text in outcome.err, outcome.err
+    assert len(stored_rows(run_dir)) == len(rows)
 
 
 @pytest.mark.fault
