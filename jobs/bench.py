@@ -3,6 +3,7 @@
     python jobs/bench.py                      # `make bench`: all parts, about an hour
     python jobs/bench.py --only batch why     # some of them, a few minutes each
     python jobs/bench.py --only layouts --rounds 1 --rows 8
+    python jobs/bench.py --only train train_layouts train_memory save   # fine-tuning
 
 Prints the tables of the README; `curve` also draws docs/throughput.png.
 """

@@ -23,28 +23,28 @@ from hpcmlx.models.tokenizer import load_tokenizer
 from hpcmlx.observe.metrics import Metrics
 from hpcmlx.observe.sinks import open_sinks
 from hpcmlx.observe.timeline import OFF, Timeline
-from hpcmlx.training import finetune
+from hpcmlx.training import build, finetune
 from hpcmlx.training.resume import identity
 
 
 def main(job: Job) -> ExitCode:
     cfg, mesh = job.config, job.mesh
-    finetune.require_packages(cfg)
+    build.require_packages(cfg)
     checkpoint = open_checkpoint(cfg.model.path)
     if cfg.model.verify:
         verify_together(checkpoint.path, mesh.world)
     tokenizer = load_tokenizer(checkpoint)
-    data = finetune.open_data(cfg, mesh, tokenizer)
+    data = build.open_data(cfg, mesh, tokenizer)
     steps = data.batches.num_steps
     own = identity(cfg, checkpoint, data.train.content_hash, steps)
     run = finetune.Run(cfg, mesh, job.run_dir, data, tokenizer, own)
     if run.is_done():
         return ExitCode.OK
-    stages = finetune.load(cfg, mesh, run.check_room)
+    stages = build.load(cfg, mesh, run.check_room)
     job.log.info("%s; %s", stages.chunks[0].loaded, stages)
     timeline = Timeline() if cfg.timeline else OFF
     timeline.align(mesh.world)
-    trainer, sums = finetune.build_trainer(cfg, mesh, stages, steps, timeline, job.stop.is_asked)
+    trainer, sums = build.build_trainer(cfg, mesh, stages, steps, timeline, job.stop.is_asked)
     first = run.go_on(trainer)
     sinks = open_sinks(cfg.train.sinks, job.run_dir, first) if job.is_root else []
     begin = time.perf_counter()

@@ -14,8 +14,8 @@ import numpy as np
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import IntegrityError, OutputError, StorageError
 from hpcmlx.parallel.partition import Cut, offsets, split_by_weight, split_heads
-from hpcmlx.training.checkpoint import CheckpointStore
-from hpcmlx.training.pieces import Piece, without_copies
+from hpcmlx.training.checkpoints.pieces import Piece, without_copies
+from hpcmlx.training.checkpoints.store import CheckpointStore
 
 ALONE = Communicator()
 HANDLED = (IntegrityError, OutputError, StorageError)

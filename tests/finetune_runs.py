@@ -15,7 +15,7 @@ import numpy as np
 
 from hpcmlx.comm import Communicator
 from hpcmlx.observe.metrics import read_metrics
-from hpcmlx.training.checkpoint import CheckpointStore
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from hpcmlx.training.finetune import CHECKPOINTS
 from tests.fixtures import TIMEOUT, Running
 

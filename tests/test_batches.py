@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hpcmlx.errors import ConfigError
-from hpcmlx.training.batches import Batches, Rows, collate, deal
-from hpcmlx.training.examples import Sample
-from hpcmlx.training.order import pack, permutation
+from hpcmlx.training.data.batches import Batches, Rows, collate, deal
+from hpcmlx.training.data.examples import Sample
+from hpcmlx.training.data.order import pack, permutation
 
 SEEDS = range(6)
 

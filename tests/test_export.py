@@ -28,12 +28,12 @@ from hpcmlx.models.byteranges import ByteFile
 from hpcmlx.models.checkpoint import open_checkpoint, read_header
 from hpcmlx.models.checksums import verify, write_checksums
 from hpcmlx.rundir import lock_run_dir
-from hpcmlx.training.checkpoint import CheckpointStore
+from hpcmlx.training.checkpoints.pieces import Piece
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from hpcmlx.training.export.adapters import export_mlx_adapter, export_peft
 from hpcmlx.training.export.files import Group, Part, write_weights
 from hpcmlx.training.export.merged import export_merged
 from hpcmlx.training.methods import Method
-from hpcmlx.training.pieces import Piece
 from tests.fixtures import ROOT, save_model
 from tests.test_adapters import TOKENS, load, logits, plain
 from tests.test_gguf import values_of

@@ -22,10 +22,10 @@ import pytest
 
 from hpcmlx import files
 from hpcmlx.errors import IntegrityError, StorageError
-from hpcmlx.training import hosts, shards
-from hpcmlx.training.checkpoint import CheckpointStore
-from hpcmlx.training.manifest import MANIFEST
-from hpcmlx.training.pieces import Piece
+from hpcmlx.training.checkpoints import hosts, shards
+from hpcmlx.training.checkpoints.manifest import MANIFEST
+from hpcmlx.training.checkpoints.pieces import Piece
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from tests.checkpoints import (
     assert_found,
     held,
@@ -387,7 +387,7 @@ _SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from hpcmlx import comm
-from hpcmlx.training.commit import StepStore
+from hpcmlx.training.checkpoints.commit import StepStore
 from tests.checkpoints import *
 world, kill = comm.init(), sys.argv[2] == "kill"
 store = CheckpointStore(own(Path(sys.argv[1]), world), world)

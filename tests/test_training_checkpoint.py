@@ -14,10 +14,10 @@ import pytest
 
 from hpcmlx.errors import IntegrityError, OutputError
 from hpcmlx.parallel.partition import Cut
-from hpcmlx.training import hosts, shards
-from hpcmlx.training.checkpoint import CheckpointStore
-from hpcmlx.training.manifest import MANIFEST
-from hpcmlx.training.pieces import Piece, without_copies
+from hpcmlx.training.checkpoints import hosts, shards
+from hpcmlx.training.checkpoints.manifest import MANIFEST
+from hpcmlx.training.checkpoints.pieces import Piece, without_copies
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from tests.checkpoints import (
     LAYOUTS,
     TIMEOUT,

@@ -16,9 +16,9 @@ from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, InputError, IntegrityError
 from hpcmlx.models.messages import BadMessages
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.training import dataset as dataset_module
-from hpcmlx.training.dataset import content_key, open_dataset
-from hpcmlx.training.examples import ExampleReader, ExampleSettings, data_files
+from hpcmlx.training.data import dataset as dataset_module
+from hpcmlx.training.data.dataset import content_key, open_dataset
+from hpcmlx.training.data.examples import ExampleReader, ExampleSettings, data_files
 from tests.fixtures import ROOT, save_tokenizer, write_rows
 
 TURNS = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
@@ -312,7 +312,7 @@ def test_many_examples_go_through_a_small_buffer(rows, tokenizer, monkeypatch):
     cache = rows.parent / "cache"
     for file in cache.iterdir():
         file.unlink()
-    monkeypatch.setattr("hpcmlx.training.token_cache._BUFFER", 20)
+    monkeypatch.setattr("hpcmlx.training.data.token_cache._BUFFER", 20)
     pieces = opened(rows, tokenizer)
     assert pieces.content_hash == whole.content_hash
     check(pieces, tokenizer)

@@ -11,9 +11,16 @@ import pytest
 
 from hpcmlx.errors import IntegrityError
 from hpcmlx.parallel.partition import Cut
-from hpcmlx.training.commit import superfluous
-from hpcmlx.training.pieces import Piece, Tensor, assemble, describe, first_held, tabulate
-from hpcmlx.training.shards import chunk_shape
+from hpcmlx.training.checkpoints.commit import superfluous
+from hpcmlx.training.checkpoints.pieces import (
+    Piece,
+    Tensor,
+    assemble,
+    describe,
+    first_held,
+    tabulate,
+)
+from hpcmlx.training.checkpoints.shards import chunk_shape
 from tests.checkpoints import part
 
 # -- index arithmetic --

@@ -21,8 +21,8 @@ from mlx_lm.utils import _get_classes
 
 from hpcmlx.mesh import Mesh
 from hpcmlx.parallel.partition import Cut
-from hpcmlx.training.batches import Batches, Step
-from hpcmlx.training.examples import Sample
+from hpcmlx.training.data.batches import Batches, Step
+from hpcmlx.training.data.examples import Sample
 from hpcmlx.training.executor import Executor
 from hpcmlx.training.methods import Method
 from hpcmlx.training.optim import Optimizer, OptimSettings

@@ -21,8 +21,8 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint, iterate_batches
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
-from hpcmlx.training.batches import Step
-from hpcmlx.training.dataset import Dataset
+from hpcmlx.training.data.batches import Step
+from hpcmlx.training.data.dataset import Dataset
 from hpcmlx.training.methods import Method
 from hpcmlx.training.optim import OptimSettings
 

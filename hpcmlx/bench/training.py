@@ -20,7 +20,7 @@ from hpcmlx.bench.mlx_lm_training import MlxLmTuner, checkpointed
 from hpcmlx.bench.tuners import LORA, OPTIM, Again, Bench, Chats, Run, load
 from hpcmlx.comm import Communicator
 from hpcmlx.mesh import ParallelDims
-from hpcmlx.training.dataset import Dataset
+from hpcmlx.training.data.dataset import Dataset
 
 _LAYOUTS = {
     "one": None,

@@ -15,7 +15,7 @@ from hpcmlx import comm
 from hpcmlx.bench.tuners import Bench, Chats, Tuner, load
 from hpcmlx.comm import Communicator
 from hpcmlx.mesh import ParallelDims
-from hpcmlx.training.checkpoint import CheckpointStore
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from hpcmlx.training.methods import Method
 
 MICROBATCHES = (2, 4, 8, 16)

@@ -19,9 +19,9 @@ from hpcmlx.bench.rows import WORDS
 from hpcmlx.comm import Communicator
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.training.batches import Batches, Step
-from hpcmlx.training.dataset import Dataset, open_dataset
-from hpcmlx.training.examples import ExampleSettings
+from hpcmlx.training.data.batches import Batches, Step
+from hpcmlx.training.data.dataset import Dataset, open_dataset
+from hpcmlx.training.data.examples import ExampleSettings
 from hpcmlx.training.executor import Executor
 from hpcmlx.training.methods import Method
 from hpcmlx.training.optim import Optimizer, OptimSettings

@@ -22,7 +22,7 @@ from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.parallel.pipeline import Head
 from hpcmlx.parallel.schedule import Action, Kind, source, tag, target
-from hpcmlx.training.batches import Microbatch
+from hpcmlx.training.data.batches import Microbatch
 from hpcmlx.training.documents import document_caches
 from hpcmlx.training.held import Held
 from hpcmlx.training.loss import Loss

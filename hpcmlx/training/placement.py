@@ -20,7 +20,7 @@ from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import take
 from hpcmlx.parallel import layers
 from hpcmlx.parallel.partition import Cut, Interval
-from hpcmlx.training.pieces import first_held
+from hpcmlx.training.checkpoints.pieces import first_held
 
 # cut: every position on one rank. overlapping: some on several. partial: whole on all, where each
 # has a part of its gradient (inside a block). equal: whole on all, and so is its gradient.

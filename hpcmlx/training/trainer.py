@@ -18,12 +18,12 @@ from hpcmlx import comm, faults
 from hpcmlx.errors import IntegrityError
 from hpcmlx.mesh import Mesh
 from hpcmlx.parallel.schedule import Action, schedule
-from hpcmlx.training.batches import Batches, collate
-from hpcmlx.training.dataset import Dataset
+from hpcmlx.training.checkpoints.found import Found
+from hpcmlx.training.checkpoints.pieces import Piece
+from hpcmlx.training.data.batches import Batches, collate
+from hpcmlx.training.data.dataset import Dataset
 from hpcmlx.training.executor import Executor
-from hpcmlx.training.found import Found
 from hpcmlx.training.optim import Optimizer, clip_scale
-from hpcmlx.training.pieces import Piece
 from hpcmlx.training.reduce import GradientSum, own_square_sum
 from hpcmlx.training.stages import Stages
 from hpcmlx.training.zero import Zero1

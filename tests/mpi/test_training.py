@@ -19,7 +19,7 @@ from hpcmlx.inference.request import encode
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.convert import convert
 from hpcmlx.models.tokenizer import load_tokenizer
-from hpcmlx.training.examples import Sample
+from hpcmlx.training.data.examples import Sample
 from hpcmlx.training.methods import Method
 from hpcmlx.training.optim import OptimSettings
 from tests.mpi.test_smollm2 import MODEL, TEXT

@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 from hpcmlx.errors import IntegrityError, StorageError
-from hpcmlx.training import checkpoint
-from hpcmlx.training.checkpoint import CheckpointStore
-from hpcmlx.training.pieces import Piece, without_copies
+from hpcmlx.training.checkpoints import store as checkpoint
+from hpcmlx.training.checkpoints.pieces import Piece, without_copies
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from tests.checkpoints import assert_found, held, own, steps_in
 
 pytestmark = pytest.mark.mpi

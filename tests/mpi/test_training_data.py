@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hpcmlx import comm
 from hpcmlx.errors import InputError, OutputError
-from hpcmlx.training.dataset import open_dataset
-from hpcmlx.training.examples import ExampleSettings
+from hpcmlx.training.data.dataset import open_dataset
+from hpcmlx.training.data.examples import ExampleSettings
 from tests.fixtures import save_tokenizer, write_rows
 
 pytestmark = pytest.mark.mpi

@@ -10,7 +10,7 @@ import pytest
 
 from hpcmlx import comm
 from hpcmlx.mesh import Mesh
-from hpcmlx.training.checkpoint import CheckpointStore
+from hpcmlx.training.checkpoints.store import CheckpointStore
 from hpcmlx.training.optim import OptimSettings
 from tests.training_runs import (
     ADAMW,

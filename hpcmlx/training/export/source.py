@@ -24,7 +24,7 @@ from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.parallel.dataflow import named_parameters
 from hpcmlx.parallel.tensor import EMBEDDINGS, input_dims
 from hpcmlx.rundir import lock_run_dir
-from hpcmlx.training.checkpoint import CheckpointStore, Found
+from hpcmlx.training.checkpoints.store import CheckpointStore, Found
 
 #: What the names of trained parameters begin with in a training checkpoint.
 PREFIX = "param/"

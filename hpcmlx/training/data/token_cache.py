@@ -18,7 +18,7 @@ import numpy as np
 from hpcmlx.errors import IntegrityError
 from hpcmlx.files import write_hdf5
 from hpcmlx.models.checksums import verify, write_checksums
-from hpcmlx.training.examples import Counts, Sample
+from hpcmlx.training.data.examples import Counts, Sample
 
 #: Of what is in a cache; another version is another cache.
 FORMAT = 1

@@ -18,9 +18,10 @@ from hpcmlx.errors import ConfigError, InputError
 from hpcmlx.inference.jsonl import json_lines
 from hpcmlx.models.messages import BadMessages, check_messages, check_tools
 from hpcmlx.models.tokenizer import ChatRenderer, encode
-from hpcmlx.training.conversation import Span, render
+from hpcmlx.training.data.conversation import Span, render
 
 TARGETS = ("assistant", "last", "all")
+_SPLITS = ("train", "valid", "test")
 TOO_LONG = ("truncate", "drop", "refuse")
 _FORMATS = "'text', 'prompt' and 'completion', or 'messages'"
 
@@ -88,7 +89,7 @@ def data_files(paths: Sequence[str | Path], split: str | None = None) -> tuple[P
 
     Args:
         paths: files; or directories, which stand for their *.jsonl in order of name.
-        split: "train", "valid", "test": a directory then stands for its `{split}.jsonl`.
+        split: "train", "valid", "test": a directory with files of such names stands for that one.
 
     Raises:
         InputError: there is no such file or directory, or nothing in it.
@@ -97,10 +98,10 @@ def data_files(paths: Sequence[str | Path], split: str | None = None) -> tuple[P
     for path in map(Path, paths):
         if not path.is_dir():
             found = [path]
-        elif split is None:
-            found = sorted(path.glob("*.jsonl"))
-        else:
+        elif split and any((path / f"{name}.jsonl").exists() for name in _SPLITS):
             found = [path / f"{split}.jsonl"]
+        else:
+            found = sorted(path.glob("*.jsonl"))
         if not found:
             raise InputError(f"no *.jsonl in {path}; give the files by name")
         if missing := [file for file in found if not file.is_file()]:

@@ -18,13 +18,13 @@ from typing import Any, Literal
 from hpcmlx.agree import agree, share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import HpcmlxError, IntegrityError, OutputError, StorageError
-from hpcmlx.training.commit import Mark, StepStore, by_metric, superfluous
-from hpcmlx.training.found import Found
-from hpcmlx.training.hosts import Places
-from hpcmlx.training.manifest import Manifest, Shard, shard_name
-from hpcmlx.training.pieces import Piece, Tensor, describe, tabulate
-from hpcmlx.training.recovery import complete, tidy
-from hpcmlx.training.shards import Snapshot, take, write_shard
+from hpcmlx.training.checkpoints.commit import Mark, StepStore, by_metric, superfluous
+from hpcmlx.training.checkpoints.found import Found
+from hpcmlx.training.checkpoints.hosts import Places
+from hpcmlx.training.checkpoints.manifest import Manifest, Shard, shard_name
+from hpcmlx.training.checkpoints.pieces import Piece, Tensor, describe, tabulate
+from hpcmlx.training.checkpoints.recovery import complete, tidy
+from hpcmlx.training.checkpoints.shards import Snapshot, take, write_shard
 
 
 class CheckpointStore:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hpcmlx.errors import IntegrityError, StorageError
 from hpcmlx.files import flush_directory, reported, write_atomic
-from hpcmlx.training.manifest import MANIFEST, RESTORE, decode
+from hpcmlx.training.checkpoints.manifest import MANIFEST, RESTORE, decode
 
 _STEP = re.compile(r"step-(\d{8,})(\.tmp|\.del)?")
 

@@ -21,7 +21,7 @@ from hpcmlx.agree import share_failure
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import HpcmlxError, InputError, IntegrityError
 from hpcmlx.files import cannot_create, sha256_of
-from hpcmlx.training.examples import (
+from hpcmlx.training.data.examples import (
     Counts,
     ExampleReader,
     ExampleSettings,
@@ -29,7 +29,7 @@ from hpcmlx.training.examples import (
     data_files,
     fast_tokenizer,
 )
-from hpcmlx.training.token_cache import FORMAT, CachedTokens, is_whole, write_cache
+from hpcmlx.training.data.token_cache import FORMAT, CachedTokens, is_whole, write_cache
 
 _log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from hpcmlx.agree import agree, share_failure
 from hpcmlx.errors import HpcmlxError, IntegrityError, StorageError
 from hpcmlx.files import sha256_of
-from hpcmlx.training.commit import Mark, StepStore
-from hpcmlx.training.hosts import Places, spread
-from hpcmlx.training.manifest import MANIFEST, RESTORE, Manifest, decode, shard_name
+from hpcmlx.training.checkpoints.commit import Mark, StepStore
+from hpcmlx.training.checkpoints.hosts import Places, spread
+from hpcmlx.training.checkpoints.manifest import MANIFEST, RESTORE, Manifest, decode, shard_name
 
 
 def tidy(places: Places, steps: StepStore) -> list[dict[int, Mark]]:

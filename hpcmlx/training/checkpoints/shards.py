@@ -22,7 +22,7 @@ import numpy as np
 from hpcmlx.errors import IntegrityError, StorageError
 from hpcmlx.files import sha256_of, write_hdf5
 from hpcmlx.parallel.partition import Cut
-from hpcmlx.training.pieces import Block, Piece, as_cut, dtype_name, storage_shape
+from hpcmlx.training.checkpoints.pieces import Block, Piece, as_cut, dtype_name, storage_shape
 
 _DTYPES = [mx.float32, mx.float16, mx.bfloat16, mx.bool_]
 _DTYPES += [mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64]

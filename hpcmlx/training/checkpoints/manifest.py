@@ -16,8 +16,8 @@ from typing import Any
 
 from hpcmlx.errors import IntegrityError
 from hpcmlx.parallel.partition import Cut
-from hpcmlx.training.pieces import Tensor, check_whole
-from hpcmlx.training.shards import DTYPES
+from hpcmlx.training.checkpoints.pieces import Tensor, check_whole
+from hpcmlx.training.checkpoints.shards import DTYPES
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from hpcmlx.errors import ConfigError
-from hpcmlx.training.examples import Sample
-from hpcmlx.training.order import Epoch, Row, packed_epoch, shuffled_epoch
+from hpcmlx.training.data.examples import Sample
+from hpcmlx.training.data.order import Epoch, Row, packed_epoch, shuffled_epoch
 
 
 class Samples(Protocol):

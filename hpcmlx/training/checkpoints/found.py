@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from hpcmlx.errors import IntegrityError
 from hpcmlx.parallel.partition import Cut
-from hpcmlx.training.manifest import Manifest, shard_name
-from hpcmlx.training.pieces import Block, assemble, storage_shape
-from hpcmlx.training.shards import DTYPES, ShardReader
+from hpcmlx.training.checkpoints.manifest import Manifest, shard_name
+from hpcmlx.training.checkpoints.pieces import Block, assemble, storage_shape
+from hpcmlx.training.checkpoints.shards import DTYPES, ShardReader
 
 
 class Found:

@@ -1,0 +1,1 @@
+"""Checkpoints that ranks write together and that any layout reads."""

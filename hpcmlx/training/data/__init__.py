@@ -1,0 +1,1 @@
+"""Rows of files → examples → global batches."""
