@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from hpcmlx import config
-from hpcmlx.config import EvaluateConfig, GenerateConfig, config_hash
+from hpcmlx.config import EvaluateConfig, FinetuneConfig, GenerateConfig, config_hash
 from hpcmlx.errors import ConfigError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-JOBS = {"generate": GenerateConfig, "evaluate": EvaluateConfig}
+JOBS = {"generate": GenerateConfig, "evaluate": EvaluateConfig, "finetune": FinetuneConfig}
 
 
 def generate(*overrides: str) -> GenerateConfig:
@@ -217,6 +217,35 @@ def test_every_experiment_opens_with_its_command(path):
     ranks = cfg.parallel.dp * cfg.parallel.pp * cfg.parallel.tp
     assert (int(match[2]) if match[2] else ranks) == ranks
     assert (cfg.launch.kind == "none") == (match[1] is not None)
+
+
+FINETUNE = ["model=smollm2", "data.train=[x]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=smollm2"], "data.train is not set"),
+        (["model=smollm2", "data.train=[]"], "data.train is empty"),
+        ([*FINETUNE, "model.adapter=a"], "model.adapter is for inference"),
+        ([*FINETUNE, "train.num_chunks=2"], "interleaved_1f1b is for 2 chunks or more"),
+        ([*FINETUNE, "train.schedule=interleaved_1f1b"], "interleaved_1f1b is for 2 chunks"),
+        (
+            [*FINETUNE, "train.schedule=interleaved_1f1b", "train.num_chunks=2"],
+            "train.num_chunks is for a pipeline",
+        ),
+        ([*FINETUNE, "optim.zero1=true"], "parallel.dp=1"),
+        ([*FINETUNE, "optim.betas=[0.9]"], "expected two numbers"),
+        ([*FINETUNE, "train.patience=2"], "train.patience needs data.valid"),
+        ([*FINETUNE, "parallel.pp=2", "parallel.pp_layers=[30]"], "pp_layers has 1 entries"),
+        ([*FINETUNE, "optim.name=adamx"], "did you mean adam"),
+        ([*FINETUNE, "input=x"], "unknown key input"),
+    ],
+)
+def test_what_does_not_fit_in_fine_tuning_is_named(overrides, words):
+    with pytest.raises(ConfigError) as refused:
+        config.compose(FinetuneConfig, CONF, "finetune", overrides)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_the_shipped_prompts_are_rows():
