@@ -48,7 +48,7 @@ def test_command_fits_its_hosts_and_its_layout(command):
     elif "-n" in words:
         started = int(words[words.index("-n") + 1])
     else:
-        started = needed if settings.launch.kind == "mpirun" else 1
+        started = 1 if settings.launch.kind == "none" else needed
     assert started == needed
     read = settings.data.train if job == "finetune" else [settings.input]
     assert all((ROOT / path).exists() for path in read)
