@@ -38,10 +38,10 @@ from hpcmlx.models.tokenizer import load_tokenizer
 
 
 class Layout:
-    """A model on a layout of the world, or on rank 0 alone."""
+    """A model on a layout of the world; without `dims` on rank 0 alone."""
 
     def __init__(self, model: str, world: Communicator, **dims: int):
-        self.world, self.alone = world, not dims
+        self.world, self.alone = world, not dims and world.size > 1
         mesh = Mesh(ParallelDims(**dims), Communicator() if self.alone else world)
         self.mesh = mesh
         self.loaded: LoadedModel | None = None
