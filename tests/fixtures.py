@@ -32,6 +32,10 @@ from hpcmlx.launch.mpirun import find_mpirun
 from tests import tiny_configs
 from tests.twin import save_checkpoint
 
+# Where the tests run in the background of a script, Ctrl-C is ignored, by what they start as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 60.0  # seconds; a job of these tests takes about three
 GRACE = 5.0  # seconds in which every rank must be gone after a failure

@@ -23,6 +23,12 @@ def console(terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
 
 
+@pytest.fixture(autouse=True)
+def a_terminal_that_is_not_dumb(monkeypatch):
+    """Whatever terminal the tests themselves run in."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 @pytest.fixture
 def lines():
     """The messages that are logged while the test runs."""

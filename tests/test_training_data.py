@@ -333,6 +333,7 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["0", "7", "55", "99", "cut", "no checksum", "other checksum"])
 def test_a_damaged_cache_is_built_again(rows, tokenizer, how, caplog):
+    caplog.set_level("WARNING", logger="hpcmlx")
     wanted = opened(rows, tokenizer).content_hash
     (path,) = (rows.parent / "cache").glob("*.h5")
     damaged(path, how)
@@ -365,12 +366,13 @@ def test_bad_rows_leave_no_cache(rows, tokenizer):
 
 
 def test_what_was_cut_is_said(rows, tokenizer, caplog):
+    caplog.set_level("WARNING", logger="hpcmlx")
     opened(rows, tokenizer, ExampleSettings(7))
     assert "3 of 4 rows were longer than max_length=7 and were cut to it" in caplog.text
     caplog.clear()
     opened(rows, tokenizer, ExampleSettings(7, too_long="drop"))
     assert "3 of 4 rows were longer than max_length=7 and were left out" in caplog.text
-    assert "cut" not in caplog.text
+    assert "were cut" not in caplog.text
 
 
 def test_whatever_decides_the_examples_is_in_the_key(rows, tokenizer, saved, monkeypatch):
