@@ -40,7 +40,7 @@ def main(job: Job) -> ExitCode:
     run = finetune.Run(cfg, mesh, job.run_dir, data, tokenizer, own)
     if run.is_done():
         return ExitCode.OK
-    stages = build.load(cfg, mesh, run.check_room)
+    stages = build.load(cfg, mesh, data, run.check_room)
     job.log.info("%s; %s", stages.chunks[0].loaded, stages)
     timeline = Timeline() if cfg.timeline else OFF
     timeline.align(mesh.world)

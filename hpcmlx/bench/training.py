@@ -80,7 +80,8 @@ def train_layouts(model: str, rounds: int, chats: Chats) -> dict[str, Any]:
         variants = {}
         for name, dims in _LAYOUTS.items():
             batches = bench.batches(dataset, micro, dims.dp if dims else 1)
-            variants[name] = Variant(bench.tuner(load(model, world, dims), batches, dataset).run)
+            layout = load(model, world, dims, target_share=dataset.target_share)
+            variants[name] = Variant(bench.tuner(layout, batches, dataset).run)
         halves = bench.batches(dataset, micro, 2)
         halves.replica = world.rank
         alone = bench.tuner(load(model, Communicator(), ParallelDims()), halves, dataset)

@@ -220,12 +220,13 @@ def load(
     *,
     method: Method = LORA,
     recompute: bool = False,
+    target_share: float = 1.0,
 ) -> Layout:
     """The model on a layout of `world`; by default on its rank 0 alone. Collective."""
     mesh = Mesh(dims, world) if dims else Mesh(ParallelDims(), Communicator())
     stages = None
     if dims or world.rank == 0:
-        stages = load_stages(model, mesh, method, recompute=recompute)
+        stages = load_stages(model, mesh, method, recompute=recompute, target_share=target_share)
     return Layout(world, mesh, dims is None, stages, recompute)
 
 

@@ -113,10 +113,11 @@ def optim_settings(cfg: FinetuneConfig) -> OptimSettings:
     return OptimSettings(**own)
 
 
-def load(cfg: FinetuneConfig, mesh: Mesh, announce: Announce) -> Stages:
+def load(cfg: FinetuneConfig, mesh: Mesh, data: Data, announce: Announce) -> Stages:
     """Load this rank's stages with what is to be trained in them. Collective.
 
     Args:
+        data: what they will be trained on.
         announce: `Run.check_room`.
     """
     own, train = cfg.method, cfg.train
@@ -132,6 +133,7 @@ def load(cfg: FinetuneConfig, mesh: Mesh, announce: Announce) -> Stages:
         num_chunks=train.num_chunks,
         recompute=train.recompute,
         loss_chunk=train.loss_chunk,
+        target_share=data.train.target_share,
         announce=announce,
         **options,
     )

@@ -68,6 +68,7 @@ def load_stages(
     num_chunks: int = 1,
     recompute: bool = True,
     loss_chunk: int = 1024,
+    target_share: float = 1.0,
     announce: Announce = lambda _: None,
     **options: Any,
 ) -> Stages:
@@ -78,6 +79,8 @@ def load_stages(
         num_chunks: stages on each rank.
         recompute: checkpoint every layer's activations.
         loss_chunk: tokens whose logits are there at once.
+        target_share: of all tokens those that are to be predicted: only these pass the head, which
+            decides how many layers stand before it on the last stage.
         announce: is given stand-ins for all trained parameters of the whole model, unevaluated,
             before anything is read; it may refuse them.
         options: of `load_model`.
@@ -88,7 +91,17 @@ def load_stages(
     if num_chunks > 1 and mesh.dims.pp == 1:
         raise ConfigError("train.num_chunks is for a pipeline: set parallel.pp, or num_chunks=1")
     chunks = [
-        _load(path, mesh, method, (number, num_chunks), recompute, loss_chunk, announce, options)
+        _load(
+            path,
+            mesh,
+            method,
+            (number, num_chunks),
+            recompute,
+            loss_chunk,
+            target_share,
+            announce,
+            options,
+        )
         for number in range(num_chunks)
     ]
     shapes = chunks[0].loaded.shapes
@@ -117,6 +130,7 @@ def _load(
     chunk: tuple[int, int],
     recompute: bool,
     loss_chunk: int,
+    target_share: float,
     announce: Announce,
     options: Mapping[str, Any],
 ) -> Chunk:
@@ -128,7 +142,7 @@ def _load(
         announce({name: mx.zeros(shapes[name], parameters[name].dtype) for name in trained})
         if recompute:
             recompute_layers(model, trained)
-        return _work(model, trained, recompute, full=method.kind == "full")
+        return _work(model, trained, recompute, method.kind == "full", target_share)
 
     loaded = load_model(
         open_checkpoint(path),
@@ -147,7 +161,9 @@ def _load(
     return Chunk(chunk[0], loaded, names, head, loss)
 
 
-def _work(model: nn.Module, trained: list[str], recompute: bool, full: bool) -> list[float]:
+def _work(
+    model: nn.Module, trained: list[str], recompute: bool, full: bool, target_share: float
+) -> list[float]:
     """Matrix products with each layer's weights in a step, and with the head's last: forward, once
     more where that is recomputed, backward for the inputs, and for the weights if these are
     trained. Layers before the first trained one have no backward pass."""
@@ -157,7 +173,7 @@ def _work(model: nn.Module, trained: list[str], recompute: bool, full: bool) -> 
     begin = 0 if outside else next((i for i, count in enumerate(own) if count), len(own))
     backward = 3.0 if recompute else 2.0
     layers = [1.0 if i < begin else backward + (full and count > 0) for i, count in enumerate(own)]
-    return [*layers, 2.0 + (full and outside > 0)]
+    return [*layers, target_share * (2.0 + (full and outside > 0))]
 
 
 def _backwards(loaded: LoadedModel, names: list[str]) -> list[str]:

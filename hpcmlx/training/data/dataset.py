@@ -51,6 +51,11 @@ class Dataset:
         self.counts: Counts = tokens.counts
         self.content_hash = hashlib.sha256(f"{tokens.key} {tokens.digest}".encode()).hexdigest()
 
+    @property
+    def target_share(self) -> float:
+        """Of all tokens those that are to be predicted."""
+        return float(self.num_targets.sum() / self.lengths.sum())
+
     def __len__(self) -> int:
         return len(self._tokens)
 
