@@ -77,7 +77,7 @@ FEW = ("--rows", "6", "--words", "1", "3", "--new", "2", "5")
 
 def test_layouts(model):  # noqa: F811
     report = two_ranks("layouts", model, *FEW)
-    assert_whole(report, ["one, all rows", "one, half of the rows", "pp2", "dp2", "apart"], 6)
+    assert_whole(report, ["one, twice the places", "one", "pp2", "dp2", "apart"], 6)
     assert len(tables.layouts(report).splitlines()) == 2 + len(tables.LAYOUTS)
 
 

@@ -39,11 +39,11 @@ SINGLE = (
 )
 BATCH = (Comparison("one rank : mlx-lm `BatchGenerator`", "hpcmlx", "mlx-lm", "≥ 1.1"),)
 LAYOUTS = (
-    Comparison("pp2 : one rank, all rows at once", "pp2", "one, all rows", "≥ 1.7"),
-    Comparison("pp2 : one rank, half at a time", "pp2", "one, half of the rows", ""),
-    Comparison("dp2 : one rank, half at a time", "dp2", "one, half of the rows", "≥ 1.8"),
-    Comparison("dp2 : one rank, all rows at once", "dp2", "one, all rows", ""),
-    Comparison("two processes apart : one, half at a time", "apart", "one, half of the rows", ""),
+    Comparison("pp2 : one rank, as many rows in flight", "pp2", "one, twice the places", "≥ 1.7"),
+    Comparison("pp2 : one rank, the same microbatches", "pp2", "one", ""),
+    Comparison("dp2 : one rank, the same batches", "dp2", "one", "≥ 1.8"),
+    Comparison("dp2 : one rank, as many rows in flight", "dp2", "one, twice the places", ""),
+    Comparison("two processes apart : one rank, the same batches", "apart", "one", ""),
     Comparison("dp2 : two processes apart", "dp2", "apart", ""),
 )
 PIPELINE = (
