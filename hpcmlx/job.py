@@ -7,7 +7,6 @@ says what is wrong, on which rank and host, and the right exit code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import sys
@@ -16,7 +15,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from importlib import metadata
 from logging import Logger
 from pathlib import Path
@@ -32,6 +30,7 @@ from hpcmlx.files import write_atomic
 from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.rundir import lock_run_dir, make_run_dir, open_run_dir
+from hpcmlx.versions import source_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -221,18 +220,9 @@ def _this_peer(settings: Any = None) -> Peer:
         hpcmlx.__version__,
         metadata.version("mlx"),
         metadata.version("mlx-lm"),
-        _code_hash(),
+        source_hash(),
         "" if settings is None else config.config_hash(settings),
     )
-
-
-@cache
-def _code_hash() -> str:
-    """Of hpcmlx's own sources: two checkouts of one version may still differ."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def check_peers(peers: Sequence[Peer]) -> None:

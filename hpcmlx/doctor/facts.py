@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import sys
@@ -23,6 +22,7 @@ from hpcmlx.probes.interfaces import Interface, parse_hardware_ports, probe_inte
 from hpcmlx.probes.thunderbolt import Port, Rdma, probe_rdma, probe_thunderbolt
 from hpcmlx.probes.wheel import has_accelerator_kernels, has_jaccl, wheel_tags
 from hpcmlx.rundir import free_bytes
+from hpcmlx.versions import source_hash
 
 PACKAGES = ("hpcmlx", "mlx", "mlx-lm", "mpi4py", "numpy", "h5py")
 
@@ -158,14 +158,6 @@ def collect(run_dir: Path) -> Facts:
         rdma=rdma,
         ports=ports,
     )
-
-
-def source_hash() -> str:
-    """Of hpcmlx's own files: two checkouts of one version may still differ."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(hpcmlx.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def mpi_version(library: str) -> str | None:
