@@ -8,6 +8,7 @@ what the head has received, and computes nothing twice. `executor.py` is the cal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from hpcmlx.parallel.pipeline import Head
 from hpcmlx.training.held import Held
 
 _BLOCK = 256
+
+_log = logging.getLogger(__name__)
 
 
 def cross_entropy(logits: mx.array, tokens: mx.array, start: int, group: Communicator) -> mx.array:
@@ -78,6 +81,12 @@ class Loss:
             leaf.fixed and len(leaf.dims) > 1 and leaf.dims[:2] == ((0, 1, 0), (0, 0, 1))
             for leaf in head.receives
         )
+        if not self._pieces:
+            _log.warning(
+                "%s: what its head takes cannot be cut into tokens: logits are whole, "
+                "train.loss_chunk has no effect",
+                loaded.config["model_type"],
+            )
 
     def __call__(
         self,

@@ -203,8 +203,10 @@ class FreshAdapter:
         if isinstance(module, SWITCHES + EMBEDDINGS):
             if self.method.kind == "lora":
                 return True
-            if not any(c in p for p in self.method.modules for c in "*?["):
-                raise ConfigError(f"method.kind=dora: no way is known to put DoRA on {path}")
+            raise ConfigError(
+                f"method.kind=dora: no way is known to put DoRA on {path}; leave it out of "
+                "method.modules, as in method.modules=[self_attn.*], or use lora"
+            )
         return False
 
     def _adapt(self, path: str) -> None:
