@@ -66,7 +66,6 @@ class _Flight:
     """A microbatch whose backward pass is to come."""
 
     gradients: list[mx.array]
-    cotangents: list[mx.array]
     arriving: list[Pending]
 
 
@@ -185,7 +184,7 @@ class Executor:
         if chunk.loss is None:
             self._send(action, made)
             arriving = self._receive(replace(action, kind=Kind.BACKWARD), cotangents)
-        self._flights[action.chunk, action.microbatch] = _Flight(gradients, cotangents, arriving)
+        self._flights[action.chunk, action.microbatch] = _Flight(gradients, arriving)
         return float(made[0]) if chunk.loss is not None else 0.0
 
     def _outputs(

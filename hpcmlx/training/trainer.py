@@ -89,7 +89,7 @@ class Trainer:
         gradients = self._sum.finish()
         if faults.strikes(self.mesh.world.rank, n + 1, "nan"):
             gradients = {name: g * mx.nan for name, g in gradients.items()}
-        norm, loss, stop, idle = self._agree(gradients, loss, waited, begin)
+        norm, loss, stop, idle = self._agree(gradients, loss, waited)
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             self._update(n, gradients, norm)
@@ -109,7 +109,7 @@ class Trainer:
         self.stages.set_parameters(parameters)
 
     def _agree(
-        self, gradients: Mapping[str, mx.array], loss: float, waited: float, begin: float
+        self, gradients: Mapping[str, mx.array], loss: float, waited: float
     ) -> tuple[float, float, float, float]:
         """(norm, summed loss, ranks that were asked to stop, mean seconds of waiting), in one
         message. After the sums all replicas have the same gradients: the first one's are in the
