@@ -45,7 +45,6 @@ STEPS, SHORT = 20, 3
 DATA = examples(40)
 LORA, DORA = Method("lora", 3, 2.0), Method("dora", 3, 2.0)
 
-# The first goes through all the steps, with the models that do.
 LAYOUTS = {
     1: [TrainLayout()],
     2: [
@@ -58,6 +57,8 @@ LAYOUTS = {
     3: [TrainLayout(tp=3, tp_shares=(3, 2, 1)), TrainLayout(pp=3)],
     4: [TrainLayout(pp=2, tp=2), TrainLayout(dp=2, pp=2), TrainLayout(dp=2, tp=2)],
 }
+# Those that go through all the steps, with the models that do.
+LONG = [LAYOUTS[1][0], *LAYOUTS[2][:3], LAYOUTS[3][0], *LAYOUTS[4][:2]]
 SIZE = comm.init().size
 HERE = LAYOUTS[SIZE]
 
@@ -120,7 +121,7 @@ def truths():
 
 @pytest.mark.parametrize("case, layout", PAIRS)
 def test_as_the_twin(case, layout, world, checkpoint, truths):
-    steps = case.steps if layout == HERE[0] else min(case.steps, SHORT)
+    steps = case.steps if layout in LONG else min(case.steps, SHORT)
     path, setup = checkpoint(case.model), Setup(case.method, options=(("weights", "keep"),))
     mesh = Mesh(layout.dims, world)
     plan = batches(DATA, layout.dp, STEPS)
