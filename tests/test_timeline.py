@@ -199,6 +199,28 @@ def test_a_run_without_rows_has_a_picture_too():
     assert draw([lane(0), lane(1)], "dp1_pp2_tp1").startswith(PNG)
 
 
+def test_the_legend_names_what_was_done(monkeypatch):
+    """Training has microbatches of its own kinds, and neither prefill nor decode."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    labels = []
+    legend = Figure.legend
+    monkeypatch.setattr(
+        Figure,
+        "legend",
+        lambda self, handles, **how: (
+            labels.append([h.get_label() for h in handles]) or legend(self, handles=handles, **how)
+        ),
+    )
+    draw([lane(0, ("forward", 0, 0.0, 1.0), ("backward", 1, 1.0, 3.0))], "dp1_pp1_tp1")
+    draw([lane(0, ("prefill", 0, 0.0, 1.0), ("admit", 0, 1.0, 3.0))], "dp1_pp1_tp1")
+    assert labels == [
+        ["microbatch 0", "microbatch 1", "forward", "backward", "idle"],
+        ["microbatch 0", "prefill", "admit", "idle"],
+    ]
+
+
 @pytest.mark.parametrize("num_steps", [30, 0])
 def test_the_file_has_the_spans(tmp_path, num_steps):
     line = Timeline()

@@ -21,6 +21,10 @@ PICTURE = "pipeline.png"
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _DARK = ("#0072B2", "#009E73", "#D55E00")
 _HOST = "#8A8A8A"
+# What a stage does with a microbatch, which has the microbatch's colour; the rest is the host's.
+_WORK = ("prefill", "decode", "forward", "backward")
+_WORK_CODES = [CODES[kind] for kind in _WORK]
+_HATCHED = ("prefill", "backward")
 _INK = "#222222"
 _MAX_SHOWN = 150  # spans in a lane; more cannot be told apart in a picture 1200 pixels wide
 
@@ -35,7 +39,7 @@ def require_matplotlib() -> None:
 
 
 def draw(lanes: Sequence[Lane], layout: str) -> bytes:
-    """A Gantt chart as PNG: a lane per rank, a colour per slot, prefill hatched, idle white.
+    """A Gantt chart as PNG: a lane per rank, a colour per microbatch, idle white.
 
     Where a run has more spans than can be told apart, the chart shows some from its middle, and
     a strip above it how busy every lane was over the whole time.
@@ -134,7 +138,7 @@ def _pieces(spans: np.ndarray, begin: float, end: float) -> np.ndarray:
 def _numbered(pieces: np.ndarray, seconds: float) -> list[int]:
     """The kinds whose pieces are mostly wide enough for the number of their slot."""
     widths = pieces["end"] - pieces["begin"]
-    kinds = [code for code in (CODES["prefill"], CODES["decode"]) if code in pieces["kind"]]
+    kinds = [code for code in _WORK_CODES if code in pieces["kind"]]
     return [c for c in kinds if np.median(widths[pieces["kind"] == c]) > seconds / 70]
 
 
@@ -147,7 +151,7 @@ def _draw_lane(
             np.stack([chosen["begin"], chosen["end"] - chosen["begin"]], axis=1),
             (y - 0.42, 0.84),
             facecolor=_color(code, slot),
-            hatch="////" if KINDS[code] == "prefill" else None,
+            hatch="////" if KINDS[code] in _HATCHED else None,
             edgecolor="white",
             linewidth=0.5,
         )
@@ -155,7 +159,7 @@ def _draw_lane(
         if right - left > seconds / 100:
             color = _color(code, slot)
             style = {"color": "white" if color in _DARK else _INK, "ha": "center"}
-            if KINDS[code] == "prefill":  # no hatch behind the number
+            if KINDS[code] in _HATCHED:  # no hatch behind the number
                 style["bbox"] = {"facecolor": color, "linewidth": 0, "pad": 1.0}
             axes.text((left + right) / 2, y, str(slot), va="center_baseline", **style)
 
@@ -208,7 +212,7 @@ def _draw_legend(figure: Any, lanes: Sequence[Lane]) -> None:
 
     used = np.concatenate([lane.spans for lane in lanes])
     used = used[used["kind"] != WAIT]
-    work = used[used["kind"] <= CODES["decode"]]
+    work = used[np.isin(used["kind"], _WORK_CODES)]
     by_color: dict[str, list[str]] = {}
     for slot in np.unique(work["slot"]):
         by_color.setdefault(_PALETTE[slot % len(_PALETTE)], []).append(str(slot))
@@ -216,9 +220,10 @@ def _draw_legend(figure: Any, lanes: Sequence[Lane]) -> None:
         Patch(facecolor=color, label=f"microbatch {', '.join(slots)}")
         for color, slots in by_color.items()
     ]
-    patches.append(Patch(facecolor="#BBBBBB", hatch="////", edgecolor="white", label="prefill"))
-    patches.append(Patch(facecolor="#BBBBBB", label="decode"))
-    others = [KINDS[code] for code in np.unique(used["kind"]) if code > CODES["decode"]]
+    for kind in (kind for kind in _WORK if CODES[kind] in work["kind"]):
+        hatch = "////" if kind in _HATCHED else None
+        patches.append(Patch(facecolor="#BBBBBB", hatch=hatch, edgecolor="white", label=kind))
+    others = [KINDS[code] for code in np.unique(used["kind"]) if code not in _WORK_CODES]
     if others:
         patches.append(Patch(facecolor=_HOST, label=", ".join(others)))
     patches.append(Patch(facecolor="white", edgecolor=_INK, linewidth=0.6, label="idle"))
@@ -234,4 +239,4 @@ def _title(lanes: Sequence[Lane], layout: str, seconds: float) -> str:
 
 
 def _color(code: int, slot: int) -> str:
-    return _HOST if code > CODES["decode"] else _PALETTE[slot % len(_PALETTE)]
+    return _PALETTE[slot % len(_PALETTE)] if code in _WORK_CODES else _HOST
