@@ -330,10 +330,11 @@ def test_a_full_disk(truth, begin, launch, tmp_path):
         filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 60_000))
         job.process.send_signal(signal.SIGCONT)
         outcome = job.wait(120)
-        words = [f"no room for {run_dir}/checkpoints/step-0000", "shard-00000.h5", "free some"]
-        assert_refused(outcome, 74, *words, run_dir=run_dir)
+        # The save and the metrics are written side by side: either may meet the full disk first.
+        message = assert_refused(outcome, 74, f"no room for {run_dir}/", "free some", run_dir=run_dir)
+        assert "/shard-00000.h5" in message or "/metrics.h5" in message, message
         saved = state(run_dir)
-        assert saved.step == committed(run_dir)[-1] < num_rows(run_dir) < STEPS
+        assert saved.step == committed(run_dir)[-1] <= num_rows(run_dir) < STEPS
         filler.unlink()
         assert_done(launch(run_dir, "alone"), run_dir)
         assert_like(run_dir, truth("alone"))
