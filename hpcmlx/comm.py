@@ -133,6 +133,12 @@ class Communicator:
         """Start filling `buffer`, as long on every rank, with that of rank `root`. Collective."""
         return Pending(self._mpi.Ibcast(buffer, root), buffer)
 
+    def imax_into(self, buffer: np.ndarray) -> Pending:
+        """Start replacing every number of `buffer` by the largest of all ranks. Collective."""
+        from mpi4py import MPI
+
+        return Pending(self._mpi.Iallreduce(MPI.IN_PLACE, buffer, MPI.MAX), buffer)
+
     # -- control: Python objects and barriers --
 
     def bcast(self, value: Any, root: int = 0) -> Any:

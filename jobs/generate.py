@@ -8,8 +8,9 @@
     python jobs/generate.py resume=runs/20261123-231417-generate-dp1_pp1_tp2
 
 Every row is on the disk when it is done; the same command in the same `run_dir`, or `resume`, goes
-on with what is missing. Leaves `results.jsonl`, `results.h5` and, for rows that could not be
-answered, `errors.jsonl` in the run directory. `--help` lists every setting.
+on with what is missing. SIGUSR1 ends a launch early, with 76. Leaves `results.jsonl`, `results.h5`
+and, for rows that could not be answered, `errors.jsonl` in the run directory. `--help` lists every
+setting.
 """
 
 from pathlib import Path
@@ -45,7 +46,9 @@ def main(job: Job) -> ExitCode:
     job.log.info("%s", loaded)
     timeline = Timeline() if cfg.timeline else OFF
     engine = build_engine(cfg, mesh, loaded, tokenizer, timeline)
-    stats, seconds = answer(work, engine, mesh, job.run_dir, timeline)
+    stats, seconds = answer(work, engine, mesh, job.run_dir, timeline, job.stop.is_asked)
+    if stats.stopped:
+        return ExitCode.PREEMPTED
     return put_together(cfg, work, mesh, job.run_dir, tokenizer, loaded, stats, seconds)
 
 

@@ -78,20 +78,6 @@ def files(run_dir: Path) -> dict[Path, tuple[int, bytes]]:
     }
 
 
-def rank_pid(job: Running, rank: int) -> int:
-    """The process of one rank of a job under mpirun, on this host."""
-    wanted = {f"OMPI_COMM_WORLD_RANK={rank}", f"HPCMLX_TEST_MARK={job.mark}"}
-    for folder in Path("/proc").iterdir():
-        try:
-            environment = (folder / "environ").read_bytes().decode().split("\0")
-            command = (folder / "cmdline").read_bytes()
-        except (OSError, UnicodeDecodeError):
-            continue  # ended meanwhile, or somebody else's
-        if wanted <= set(environment) and b"finetune.py" in command:
-            return int(folder.name)
-    raise AssertionError(f"no rank {rank}:\n" + "\n".join(line for _, line in job.lines))
-
-
 def wait_until(job: Running, condition: Callable[[], bool]) -> None:
     """Look again and again, as fast as it goes: a moment is to be hit."""
     end = time.monotonic() + TIMEOUT

@@ -241,6 +241,20 @@ def _marked(mark: str) -> dict[int, str]:
     return found
 
 
+def rank_pid(job: Running, rank: int) -> int:
+    """The process of one rank of a job under mpirun, on this host."""
+    wanted = {f"OMPI_COMM_WORLD_RANK={rank}", f"HPCMLX_TEST_MARK={job.mark}"}
+    for folder in Path("/proc").iterdir():
+        try:
+            environment = (folder / "environ").read_bytes().decode().split("\0")
+            command = (folder / "cmdline").read_bytes()
+        except (OSError, UnicodeDecodeError):
+            continue  # ended meanwhile, or somebody else's
+        if wanted <= set(environment) and b"/jobs/" in command:
+            return int(folder.name)
+    raise AssertionError(f"no rank {rank}:\n" + "\n".join(line for _, line in job.lines))
+
+
 def mpirun(*options: str) -> list[str]:
     """The beginning of an mpirun line that works on a small host and as root."""
     line = [find_mpirun(), "--oversubscribe", "--bind-to", "none", *options]

@@ -33,7 +33,6 @@ from tests.finetune_runs import (
     committed,
     files,
     num_rows,
-    rank_pid,
     series,
     state,
     wait_until,
@@ -45,6 +44,7 @@ from tests.fixtures import (
     assert_done,
     assert_nothing_left,
     assert_refused,
+    rank_pid,
     save_model,
     small_disk,
     write_rows,
@@ -331,7 +331,9 @@ def test_a_full_disk(truth, begin, launch, tmp_path):
         job.process.send_signal(signal.SIGCONT)
         outcome = job.wait(120)
         # The save and the metrics are written side by side: either may meet the full disk first.
-        message = assert_refused(outcome, 74, f"no room for {run_dir}/", "free some", run_dir=run_dir)
+        message = assert_refused(
+            outcome, 74, f"no room for {run_dir}/", "free some", run_dir=run_dir
+        )
         assert "/shard-00000.h5" in message or "/metrics.h5" in message, message
         saved = state(run_dir)
         assert saved.step == committed(run_dir)[-1] <= num_rows(run_dir) < STEPS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -26,6 +27,7 @@ from tests.fixtures import (
     assert_nothing_left,
     assert_refused,
     copy_model,
+    rank_pid,
     run,
     small_disk,
     start,
@@ -44,6 +46,8 @@ FAULTS = {
     4: ["test_twenty_kills_lose_no_row"],
     5: ["test_faults.test_a_rank_that_dies_ends_the_job", _ENDS],
     7: ["test_orphans.test_ranks_end_when_mpirun_is_killed", "test_mpirun_is_ended"],
+    16: ["test_a_signal_ends_a_launch_early"],
+    17: ["test_a_signal_ends_a_launch_early"],
     18: ["test_mpirun_is_ended"],
     21: ["test_a_run_that_is_under_way_is_left_alone"],
     23: ["test_a_full_disk"],
@@ -76,7 +80,7 @@ FAULTS = {
     ],
     42: ["test_inputs.test_a_hostile_template_spoils_only_chat_rows", "test_a_hostile_template"],
 }
-MUST_HOLD = {1, 3, 4, 5, 7, 18, 21, 23, 24, 29, 30, *range(32, 38), *range(40, 43)}
+MUST_HOLD = {1, 3, 4, 5, 7, 16, 17, 18, 21, 23, 24, 29, 30, *range(32, 38), *range(40, 43)}
 
 LAYOUTS = {
     "alone": (0, []),
@@ -144,8 +148,10 @@ def assert_kept(run_dir: Path, before: dict) -> dict:
     return now
 
 
-def assert_like_the_truth(run_dir: Path, truth: Path, before: dict) -> None:
-    assert len(assert_kept(run_dir, before)) == len(ROWS_IN)
+def assert_like_the_truth(
+    run_dir: Path, truth: Path, before: dict, num_rows: int = len(ROWS_IN)
+) -> None:
+    assert len(assert_kept(run_dir, before)) == num_rows
     assert (run_dir / "results.jsonl").read_bytes() == (truth / "results.jsonl").read_bytes()
 
 
@@ -223,6 +229,41 @@ def test_mpirun_is_ended(common, truth, tmp_path, number):
     kept = assert_kept(run_dir, kept)
     assert_done(run("generate", *line, ranks=2), run_dir)
     assert_like_the_truth(run_dir, truth, kept)
+
+
+def test_a_signal_ends_a_launch_early(common, folder, tmp_path):
+    """Faults 16 and 17: SIGUSR1 to mpirun, while the other ranks wait in MPI for one that has
+    stopped, and to the only process; what is done is kept, and one launch after the other goes on.
+    """
+    rows = [{"id": str(i), "prompt": "The quick"[: 2 + i % 8], "max_tokens": 40} for i in range(96)]
+    line = [*common, f"input={write_rows(folder / 'many.jsonl', rows)}"]
+    assert_done(run("generate", *line, f"run_dir={tmp_path / 'truth'}"), tmp_path / "truth")
+    run_dir, kept = tmp_path / "run", {}
+    both = (4, ["parallel.dp=2", "parallel.pp=2"])
+    for ranks, layout in (LAYOUTS["alone"], LAYOUTS["tp2"], both):
+        job = start("generate", *line, *layout, f"run_dir={run_dir}", ranks=ranks)
+        end = time.monotonic() + 60
+        while len(stored_rows(run_dir)) <= len(kept) and time.monotonic() < end:
+            time.sleep(0.01)
+        if ranks:
+            late = rank_pid(job, 1)
+            os.kill(late, signal.SIGSTOP)
+            time.sleep(0.2)
+        job.process.send_signal(signal.SIGUSR1)
+        if ranks:
+            time.sleep(0.2)
+            os.kill(late, signal.SIGCONT)
+        outcome = job.wait(patience=GRACE)
+        assert outcome.code == 76, outcome.err
+        assert "asked to stop: " in outcome.err and not outcome.survivors, outcome.err
+        assert not (run_dir / "completed.json").exists()
+        assert len(assert_kept(run_dir, kept)) > len(kept)
+        kept = stored_rows(run_dir)
+        status = json.loads((run_dir / "status.json").read_text())
+        assert (status["state"], status["num_done"]) == ("stopped", len(kept))
+    assert len(kept) < len(rows)
+    assert_done(run("generate", *line, f"run_dir={run_dir}"), run_dir)
+    assert_like_the_truth(run_dir, tmp_path / "truth", kept, len(rows))
 
 
 def test_a_run_that_is_under_way_is_left_alone(common, truth, tmp_path):

@@ -216,7 +216,7 @@ def test_a_job_that_is_preempted_goes_on(cluster, tuning):
 
 @pytest.mark.fault
 def test_generation_that_is_warned_goes_on(cluster, model):
-    """It is ended, with what is done on the disk, and requeued: every row once."""
+    """It ends early and is requeued: every row once."""
     rows = [{"prompt": f"row {i}"} for i in range(80)]
     prompts, run_dir = write_rows(cluster.folder / "many.jsonl", rows), cluster.folder / "warned"
     running = cluster.start(
@@ -231,7 +231,10 @@ def test_generation_that_is_warned_goes_on(cluster, model):
     cluster.start_again(job)
     outcome = running.wait(90)
     assert_done(outcome, run_dir)
-    for text in ("ended with 76: requeued", " answers are there, ", ": COMPLETED"):
+    for text in (
+        *("asked to stop: ", "ended with 76: requeued"),
+        *(" answers are there, ", ": COMPLETED"),
+    ):
         assert text in outcome.err, outcome.err
     assert len(stored_rows(run_dir)) == len(rows)
 

@@ -251,21 +251,6 @@ def test_signals_are_passed_on_and_the_end_is_waited_for(tmp_path, number):
     assert (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 76), (signal.SIGTERM, 143)])
-def test_a_job_whose_rows_are_on_the_disk_is_ended(tmp_path, number, code):
-    """At Slurm's warning, and then requeued; not where it is cancelled."""
-    job = "mkdir -p run/rows; touch run/rows/a.log; while true; do sleep 0.05; done"
-    line = ["bash", script(tmp_path, "bash", "-c", job, job="generate")]
-    with subprocess.Popen(line, env=environment(tmp_path, 0), stderr=subprocess.PIPE) as process:
-        end = time.monotonic() + 10
-        while not (tmp_path / "run/rows/a.log").exists():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait(10) == code
-    assert (tmp_path / "requeued").exists() == (code == 76)
-
-
 @pytest.mark.fault
 def test_nothing_that_a_user_gives_is_a_command(tmp_path):
     words = ["$(touch bad)", "`touch bad`", "'; touch bad; '", "a\nb", '"$HOME"', "-n", "ä b", "!x"]

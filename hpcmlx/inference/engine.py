@@ -31,6 +31,7 @@ from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.parallel.dealer import Dealer
 from hpcmlx.parallel.link import StageLink
+from hpcmlx.parallel.vote import StopVote
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Stats:
         idle_seconds: waiting for other stages.
         host_seconds: the schedule itself: neither building nor running the model.
         num_active: rows that decode now.
+        stopped: the run was asked to end, and did before all rows were through.
     """
 
     num_rows: int = 0
@@ -64,6 +66,7 @@ class Stats:
     seconds: float = 0.0
     num_steps: int = 0
     num_active: int = 0
+    stopped: bool = False
 
 
 class Engine:
@@ -157,6 +160,7 @@ class Engine:
         requests: Sequence[Request],
         on_row: Callable[[RowResult], None],
         on_visit: Callable[[], None] = lambda: None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Stats:
         """Generate the requests, dealt over the replicas. Collective over the world.
 
@@ -165,6 +169,8 @@ class Engine:
             on_row: gets each row of this replica as it ends, on each of its ranks; log-
                 probabilities are there on the last stage only.
             on_visit: called after each visit to a slot.
+            asked_to_stop: whether this rank was asked to end early. Its replica then leaves the
+                rows that are under way, and those that no replica has begun.
         """
         begin = time.perf_counter()
         self._requests, self._on_row = requests, on_row
@@ -176,7 +182,8 @@ class Engine:
         shares = self.mesh.dims.dp * len(self.slots)
         self._places = min(self.batch_size, max(1, -(-len(requests) // shares)))
         num_rounds, self._warm = 0, (0.0, 0.0)
-        while self._work_left:
+        vote = StopVote(self.mesh.replica)
+        while self._work_left and not vote.ask(asked_to_stop()):
             for slot in self.slots:
                 self._visit(slot)
                 self.stats.seconds = time.perf_counter() - begin
@@ -185,6 +192,8 @@ class Engine:
             num_rounds += 1
             if self._may_add_slot and num_rounds % _ROUNDS == 0:
                 self._look_at_waiting(num_rounds)
+        self._leave()
+        vote.close()
         self.link.flush()
         self._dealer.close()
         return self.stats
@@ -193,6 +202,15 @@ class Engine:
     def _work_left(self) -> bool:
         under_way = any(slot.rows or slot.joining for slot in self.slots)
         return under_way or bool(self._dealt) or not self._dealer.exhausted
+
+    def _leave(self) -> None:
+        """Take the tokens that are under way, so that nothing is sent to nobody."""
+        for slot in self.slots:
+            if slot.step is not None:
+                self._take_tokens(slot.step)
+        live = [row for slot in self.slots for row in slot.live if not row.ended]
+        joining = any(slot.joining for slot in self.slots)
+        self.stats.stopped = bool(live or joining or self._dealt or not self._dealer.exhausted)
 
     def _look_at_waiting(self, num_rounds: int) -> None:
         """One slot more where even the stage that waits least is idle. Looked at once, over the

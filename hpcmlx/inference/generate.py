@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,21 +120,32 @@ def build_engine(
 
 
 def answer(
-    work: Work, engine: Engine, mesh: Mesh, run_dir: Path, timeline: Timeline = OFF
+    work: Work,
+    engine: Engine,
+    mesh: Mesh,
+    run_dir: Path,
+    timeline: Timeline = OFF,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Stats, float]:
     """Answer what is missing; every row is on the disk before it is counted. Collective.
 
+    Args:
+        asked_to_stop: whether this rank was asked to end before all rows are through.
+
     Returns:
-        This rank's statistics and the seconds from the first prefill to the last token.
+        This rank's statistics, `stopped` being that of any rank, and the seconds from the first
+        prefill to the last token.
     """
     _refuse_too_large(work, engine, mesh)
     recorder = Recorder(work, engine, mesh, run_dir)
     timeline.align(mesh.world)
     with recorder:
         begin = time.perf_counter()
-        stats = engine.run(work.requests, recorder.on_row, recorder.on_visit)
-        mesh.world.barrier()
+        stats = engine.run(work.requests, recorder.on_row, recorder.on_visit, asked_to_stop)
+        stats.stopped = bool(mesh.world.sum_numbers([stats.stopped])[0])
         seconds = time.perf_counter() - begin
+        if stats.stopped:
+            recorder.stopped()
     errors = mesh.world.gather(recorder.errors)
     if errors is not None:
         work.errors += _one_per_row(errors)
@@ -270,8 +281,15 @@ class Recorder:
             self._report()
             if last := self._status.set_state(State.FINISHING, self._mailbox.close()):
                 self._bar.set(last.num_done, last.tokens_per_sec.overall, last.num_errors)
+                if self._status.stopped:
+                    counts = last.num_done, last.num_total
+                    _log.info("asked to stop: %d of %d rows are done", *counts)
         self._bar.__exit__(kind, error, trace)
         self._status.__exit__(kind, error, trace)
+
+    def stopped(self) -> None:
+        """The launch ends before all rows are through."""
+        self._status.stopped = True
 
     def on_row(self, row: RowResult) -> None:
         """A row of this replica has ended; on each of its ranks."""

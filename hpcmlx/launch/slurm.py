@@ -18,9 +18,6 @@ from hpcmlx.settings import SlurmConfig
 
 #: Of a job that can go on: what gets a new name or another size when something is saved.
 SAVED = {"finetune": "checkpoints/step-*", "generate": "rows/*"}
-# Of these everything that is done is on the disk at any moment: they do not listen to a warning,
-# and are ended when it comes.
-_ENDED = frozenset(["generate"])
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}"
 _CHECKED = {
@@ -144,13 +141,7 @@ def render(batch: Batch) -> str:
     usage = "".join(f"# {line}".rstrip() + "\n" for line in batch.usage.splitlines())
     header = "".join(f"#SBATCH {line}\n" for line in _header(batch, again))
     numbers = {**_CODES, "most": batch.options.max_requeues}
-    ended = again and batch.job in _ENDED
     start = _START.format(
-        how=", as the signal to end: rows that are done are on the disk"
-        if ended
-        else " to every rank",
-        warn="warned=1; kill -TERM $pid" if ended else "kill -USR1 $pid",
-        after=_AFTER.format(**numbers) if ended else "",
         directory=_quoted(batch.directory),
         run_dir=_quoted(batch.run_dir),
         claim=_quoted(batch.claim),
@@ -197,10 +188,10 @@ run_dir={run_dir}
 export HPCMLX_CLAIM={claim}
 {saved}
 # In the background, because this shell runs its traps only while it waits. Slurm's warning comes to
-# this shell alone (B:) and is passed on{how}.
+# this shell alone (B:) and is passed on to every rank.
 {command} &
 pid=$!
-trap 'told=1; {warn}' USR1
+trap 'told=1; kill -USR1 $pid' USR1
 trap 'told=1; kill -TERM $pid' TERM
 while true; do
     told=
@@ -208,10 +199,6 @@ while true; do
     code=$?
     [ -n "$told" ] || break # a signal ends `wait` too: wait on
 done
-{after}"""
-
-_AFTER = """# What mpirun ends with when it is ended.
-case ${{warned:+$code}} in 1 | 143) code={preempted} ;; esac
 """
 
 _SAVED = """

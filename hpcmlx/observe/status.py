@@ -38,6 +38,7 @@ class State(StrEnum):
     RUNNING = "running"
     FINISHING = "finishing"  # all rows are done, results are being written
     COMPLETE = "complete"
+    STOPPED = "stopped"  # asked to, before all rows were done
     FAILED = "failed"
 
 
@@ -221,6 +222,7 @@ class StatusWriter:
             OutputError: the file cannot be created.
         """
         self.num_errors = num_errors  # may grow while the run goes on
+        self.stopped = False  # before all rows were done, because it was asked to
         self._path, self._layout, self._total = Path(run_dir, STATUS), layout, total_rows
         self._num_stages, self._already_done, self._enabled = num_stages, already_done, enabled
         self._interval, self._clock = interval, clock
@@ -250,7 +252,7 @@ class StatusWriter:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self.set_state(State.COMPLETE)
+            self.set_state(State.STOPPED if self.stopped else State.COMPLETE)
         else:
             self._error = " ".join(f"{type(error).__name__}: {error}".split())
             self.set_state(State.FAILED)
