@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +82,10 @@ class Communicator:
     def all_gather(self, x: mx.array) -> mx.array:
         """`x` of every rank concatenated along axis 0, in rank order, in the graph."""
         return x if self.size == 1 else mx.distributed.all_gather(x, group=self._graph_group())
+
+    def with_graph(self, group: Any) -> Communicator:
+        """The same ranks, with another group of MLX's for what happens inside the graph."""
+        return replace(self, _group=group)
 
     def _graph_group(self) -> Any:
         if self._group is None:
@@ -312,6 +316,11 @@ def init() -> Communicator:
     if _world is None:
         _world = _init_mpi() if launched_by_mpi() else Communicator()
     return _world
+
+
+def start_backend(**how: Any) -> Any:
+    """Another of MLX's back ends beside MPI's: `mx.distributed.init`. Gives MLX's group."""
+    return mx.distributed.init(**how)
 
 
 def launched_by_mpi() -> bool:

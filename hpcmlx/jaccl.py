@@ -12,6 +12,7 @@ tested against a stand-in of `mx.distributed.init`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -31,6 +32,8 @@ from hpcmlx.probes.wheel import has_jaccl, wheel_tags
 
 #: Which device of each rank (row) leads to which other rank (column).
 Matrix = list[list[None | str | list[str]]]
+
+_log = logging.getLogger(__name__)
 
 MACOS = (26, 2)
 MAX_MESH = 8
@@ -53,6 +56,37 @@ class Member:
     in_wheel: bool | None
     rdma: Rdma
     ports: tuple[Port, ...]
+
+
+def connect(
+    kind: str,
+    group: Communicator,
+    probe: Callable[[], Member] | None = None,
+    init: Callable[..., Any] = comm.start_backend,
+) -> Communicator:
+    """The group with its collectives in the graph over RDMA, where they are to be. Collective.
+
+    Args:
+        kind: `comm.tensor`, as in `choose`.
+        group: the tensor-parallel group, over MPI.
+        probe: what tells of this host; `probe_member`.
+        init: as in `boot`.
+
+    Returns:
+        `group` itself where it stays with MPI.
+
+    Raises:
+        ConfigError: JACCL is asked for and cannot be had, or does not start.
+    """
+    if kind == "mpi" or group.size == 1:
+        return group
+    member = (probe or probe_member)()
+    matrix = choose(kind, group, member)
+    if matrix is None:
+        return group
+    made = boot(group, matrix, init)
+    _log.info("tensor-parallel messages go over RDMA (JACCL) between %d hosts", group.size)
+    return group.with_graph(made)
 
 
 def probe_member() -> Member:
@@ -87,7 +121,11 @@ def choose(kind: str, group: Communicator, member: Member) -> Matrix | None:
     reason = obstacle(members)
     if reason and kind == "jaccl":
         raise ConfigError(f"comm.tensor=jaccl: {reason}; or set comm.tensor=mpi")
-    return None if reason else device_matrix(members)
+    if not reason:
+        return device_matrix(members)
+    if any(member.macos for member in members):  # elsewhere nobody expects it
+        _log.info("tensor-parallel messages go through MPI, not over RDMA: %s", reason)
+    return None
 
 
 def obstacle(members: Sequence[Member]) -> str:

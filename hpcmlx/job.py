@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 import hpcmlx
-from hpcmlx import comm, config, log, orphans
+from hpcmlx import comm, config, jaccl, log, orphans
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
 from hpcmlx.files import write_atomic
@@ -158,6 +158,7 @@ def _run(
     make_run_dir(run_dir)  # a host that shares no files with rank 0's has one of its own
     logger = log.setup(world.rank, comm.hostname(), run_dir)
     _report_host(logger, mesh, run_dir)
+    mesh.tp_group = jaccl.connect(settings.comm.tensor, mesh.tp_group)
     if mx.metal.is_available():
         # Weights that are paged out between steps would make a big model crawl.
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])

@@ -196,11 +196,23 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True)
+class CommConfig:
+    """What messages travel over."""
+
+    tensor: str = setting(
+        "of tensor-parallel ranks; jaccl: RDMA over Thunderbolt 5; auto: where it can be had",
+        "auto",
+        choices=("auto", "mpi", "jaccl"),
+    )
+
+
+@dataclass(kw_only=True)
 class JobConfig:
     """What every job has."""
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     run_dir: str | None = setting("directory of the results; null: a new one under runs/", None)
     #: Whether a job goes on with what an earlier launch has left in its run directory.

@@ -16,6 +16,8 @@ from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError
 from hpcmlx.jaccl import Member, boot, choose, device_matrix, is_mesh, is_ring, obstacle
 from hpcmlx.probes.thunderbolt import Port, Rdma
+from tests.fixtures import assert_refused, run
+from tests.fixtures import model as model
 from tests.test_probes import ports_of
 
 
@@ -251,6 +253,20 @@ class OneByOne(Communicator):
         return [bytes([rank]) * len(value) for rank in range(self.size)]
 
 
+class Agreeing(Communicator):
+    """One rank of a group whose hosts are known."""
+
+    def __init__(self, rank: int, size: int, members: list[Member]):
+        super().__init__(rank, size)
+        object.__setattr__(self, "_members", members)
+
+    def allgather(self, value: Any) -> list:
+        return self._members
+
+    def with_graph(self, group: Any) -> Communicator:
+        return Communicator(self.rank, self.size, None, group)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_boot(rank, monkeypatch):
     for name in ("JACCL_RANK", "JACCL_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "JACCL_RING"):
@@ -289,6 +305,35 @@ def test_a_start_that_fails_names_host_and_devices_and_leaves_no_trace(monkeypat
 def test_a_group_of_another_size_is_refused():
     with pytest.raises(ConfigError, match="a group of 1 instead of 2"):
         boot(OneByOne(0, 2), device_matrix(mesh(2)), lambda **_: Group(0, 1))
+
+
+def test_a_group_is_connected_where_it_can_be(caplog):
+    """`comm.tensor`, from the probes to the group whose graph goes over RDMA."""
+    caplog.set_level("INFO", "hpcmlx.jaccl")
+    macs = mesh(2)
+
+    def start(*, backend: str, strict: bool, all_gather_factory) -> str:
+        return Group(rank, 2) if backend == "jaccl" and strict else None
+
+    for kind in ("auto", "jaccl"):
+        for rank in range(2):
+            group = Agreeing(rank, 2, macs)
+            made = jaccl.connect(kind, group, lambda: macs[rank], start)  # noqa: B023
+            assert (made.rank, made.size, made._group) == (rank, 2, Group(rank, 2))
+    assert "over RDMA (JACCL) between 2 hosts" in caplog.text
+    group = Agreeing(0, 2, [macs[0], replace(macs[1], in_wheel=False)])
+    assert jaccl.connect("auto", group, lambda: macs[0], start) is group
+    assert "go through MPI, not over RDMA: MLX on mac1 has no JACCL" in caplog.text
+    assert jaccl.connect("mpi", group, pytest.fail) is group
+    assert jaccl.connect("jaccl", Communicator(), pytest.fail) == Communicator()
+
+
+def test_a_job_that_asks_for_it_is_refused_where_it_cannot_be_had(model, tmp_path):
+    common = [f"model.path={model}", "input=jobs/prompts.jsonl", "sampling.max_tokens=2"]
+    line = [*common, "parallel.tp=2", f"run_dir={tmp_path / 'run'}", "comm.tensor=jaccl"]
+    outcome = run("generate", *line, ranks=2)
+    words = ["comm.tensor=jaccl: ", "has no macOS 26.2 or later", "or set comm.tensor=mpi"]
+    assert_refused(outcome, 78, *words, run_dir=tmp_path / "run")
 
 
 @pytest.mark.skipif(mx.distributed.is_available("jaccl"), reason="would start it")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 
+import mlx.core as mx
 import pytest
 
 from hpcmlx.comm import Counter, Mailbox
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.parallel.dealer import Dealer
+from hpcmlx.parallel.vote import StopVote
 
 pytestmark = pytest.mark.mpi
 
@@ -85,3 +87,23 @@ def test_rows_are_dealt_once_and_alike_within_a_replica(world, total):
     assert all(other == mine for other in mesh.replica.allgather(mine))
     leaders = world.allgather(mine if mesh.replica.rank == 0 else [])
     assert sorted(sum(leaders, [])) == list(range(total))
+
+
+@pytest.mark.parametrize("asking", [0, -1])
+def test_all_ranks_stop_at_the_same_point(world, asking):
+    """Whichever rank is asked, and however far it is ahead."""
+    vote, rounds = StopVote(world), 0
+    time.sleep(0.02 * world.rank)
+    while not vote.ask(rounds >= 5 and world.rank == asking % world.size):
+        rounds += 1
+        assert rounds < 100
+    vote.close()
+    assert len(set(world.allgather(rounds))) == 1 and rounds >= 5
+
+
+def test_another_group_for_the_graph(world):
+    """As JACCL's is put beside MPI's: sums in the graph go there, the rest stays."""
+    alone = world.split(world.rank, 0, graph=world.size > 1)
+    mixed = world.with_graph(alone._group)
+    assert mixed.allgather(world.rank) == list(range(world.size))
+    assert mixed.all_sum(mx.array([1.0])).item() == 1.0
