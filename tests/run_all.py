@@ -72,7 +72,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # mpirun gives ranks a terminal whatever its own output is.
     color = "yes" if sys.stdout.isatty() else "no"
-    python = [sys.executable, "-m", "pytest", "-q", f"--color={color}", *pytest_args]
+    # Why tests were skipped is said at the end of each part.
+    python = [sys.executable, "-m", "pytest", "-q", "-rs", f"--color={color}", *pytest_args]
     parts = []
     if not options.no_single:
         parts.append(
