@@ -192,6 +192,9 @@ class Running:
         except subprocess.TimeoutExpired:
             self.kill()
             pytest.fail(f"no end after {timeout:g} s:\n{self._text()}")
+        except BaseException:  # the time of the test itself is up, or Ctrl-C
+            self.kill()
+            raise
         seconds = time.monotonic() - self._begin
         survivors = self._survivors(patience)
         self.kill()

@@ -1,10 +1,11 @@
-"""500 prompts of mixed length through SmolLM2: the same rows on every layout, and none lost or
+"""Many prompts of mixed length through SmolLM2: the same rows on every layout, and none lost or
 answered twice where ranks are killed again and again.
 
 The truth is one rank without interruption; `tests/mpi/test_smollm2.py` compares that with mlx-lm.
 Rows are equal but for near ties: where the two likeliest tokens are within NEAR_TIE of each other,
 the rounding of a matrix product, whose kernel depends on the number of rows, picks either. Each
-such row is checked to be one.
+such row is checked to be one. HPCMLX_TEST_ROWS=500 takes 500 prompts and ten kills, which is what
+the README says; fewer are enough to see that it still holds.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from hpcmlx.inference.store import ROWS, recover
 from tests.fixtures import ROOT, Running, assert_done, job_line, mpirun, run
 from tests.twin import NEAR_TIE
 
-NUM_ROWS = 500
-NUM_KILLS = 10
-MOST_TIES = 5  # of 500 rows; none was ever seen
+pytestmark = pytest.mark.timeout(1800)  # a minute each where nothing else runs, with 500
+
+NUM_ROWS = int(os.environ.get("HPCMLX_TEST_ROWS", "200"))
+NUM_KILLS = NUM_ROWS // 50
+MOST_TIES = NUM_ROWS // 100  # none was ever seen
 TIMEOUT = 600.0
 WORDS = [
     "harbour",
@@ -170,8 +173,8 @@ def a_rank(job: Running, rng: random.Random) -> int:
 
 @pytest.mark.fault
 @pytest.mark.skipif(not Path("/proc").exists(), reason="NOT TESTED: ranks are found by /proc")
-def test_killed_ten_times_and_nothing_is_lost(common, folder, truth):
-    """FAULTS 4: ranks are killed at ten random moments, each time another layout goes on."""
+def test_killed_again_and_again_and_nothing_is_lost(common, folder, truth):
+    """FAULTS 4: ranks are killed at random moments, each time another layout goes on."""
     rng = random.Random(1)
     run_dir = folder / "killed"
     kept: dict[tuple[int, int], bytes] = {}
