@@ -29,6 +29,7 @@ from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
 from hpcmlx.files import write_atomic
 from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
+from hpcmlx.rankhosts import describe_ranks
 from hpcmlx.rundir import lock_run_dir, make_run_dir, open_run_dir
 from hpcmlx.versions import source_hash
 
@@ -158,6 +159,7 @@ def _run(
     make_run_dir(run_dir)  # a host that shares no files with rank 0's has one of its own
     logger = log.setup(world.rank, comm.hostname(), run_dir)
     _report_host(logger, mesh, run_dir)
+    mesh.hosts = describe_ranks(settings.launch, world)
     mesh.tp_group = jaccl.connect(settings.comm.tensor, mesh.tp_group)
     if mx.metal.is_available():
         # Weights that are paged out between steps would make a big model crawl.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import UsageError
+from hpcmlx.launch.placement import RankHosts
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Mesh:
         tp_group: the ranks of one stage of one replica; has collectives in the graph.
         replica: all stages of one replica (rank = pp * dims.tp + tp).
         dp_group: the same part of every replica.
+        hosts: what the ranks have of their hosts; None where nothing is said of these.
     """
 
-    def __init__(self, dims: ParallelDims, world: Communicator):
+    def __init__(self, dims: ParallelDims, world: Communicator, hosts: RankHosts | None = None):
         dims.check_world(world.size)
-        self.dims, self.world = dims, world
+        self.dims, self.world, self.hosts = dims, world, hosts
         self.dp, self.pp, self.tp = dims.coordinates(world.rank)
         rank = world.rank
         self.tp_group = world.split(rank // dims.tp, rank, graph=dims.tp > 1)

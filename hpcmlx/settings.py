@@ -12,7 +12,9 @@ from hpcmlx.errors import ConfigError
 from hpcmlx.schema import as_written, setting
 
 # Keys of every job that name a file or directory.
-_PATH_KEYS = ("model.path", "model.adapter", "run_dir", "launch.hostfile")
+_PATH_KEYS = ("model.path", "model.adapter", "run_dir", "launch.hostfile", "launch.hosts")
+# Keys of `launch` that are for the mpirun which a job starts itself.
+OF_MPIRUN = ("interface", "bind", "yield_when_idle", "export")
 
 
 @dataclass(kw_only=True)
@@ -46,10 +48,15 @@ class ParallelConfig:
     pp: int = setting("pipeline stages: the layers are dealt out", 1, low=1)
     tp: int = setting("tensor-parallel ranks: every layer is cut", 1, low=1)
     tp_shares: list[float] | None = setting(
-        "weight of each tensor-parallel rank, as in [2,1]; null: equal", None, above=0
+        "weight of each tensor-parallel rank, as in [2,1]; null: by the bandwidth that is said of "
+        "the hosts, else equal",
+        None,
+        above=0,
     )
     pp_layers: list[int] | None = setting(
-        "layers of each stage, as in [17,13]; null: balanced", None, low=1
+        "layers of each stage, as in [17,13]; null: balanced, with the hosts' bandwidth",
+        None,
+        low=1,
     )
 
 
@@ -191,7 +198,28 @@ class LaunchConfig:
     hostfile: str | None = setting(
         "Open MPI hostfile; null: this host, or Slurm's allocation", None
     )
+    hosts: str | None = setting(
+        "YAML file that says what the hosts are; null: HOSTFILE.yaml, if there is one", None
+    )
     num_ranks: int | None = setting("null: dp x pp x tp, the only number that fits", None, low=1)
+    interface: str | None = setting(
+        "mpirun: what MPI uses between hosts, as in 10.0.1.0/24 or bridge0; null: what is said of "
+        "the hosts, else mpirun's choice",
+        None,
+    )
+    bind: str | None = setting(
+        "mpirun: what each rank is bound to; null: mpirun's choice, none where ranks share cores",
+        None,
+        choices=("none", "core", "l3cache", "numa", "package"),
+    )
+    yield_when_idle: bool | None = setting(
+        "mpirun: waiting ranks leave their core to others; null: where ranks are known to share "
+        "cores. true for hosts that share a machine without knowing it",
+        None,
+    )
+    export: list[str] = setting(
+        "mpirun: further environment variables that every rank gets, as in [HF_TOKEN]", []
+    )
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
@@ -262,6 +290,12 @@ class JobConfig:
         if launch.kind == "slurm" and launch.hostfile is not None:
             raise ConfigError(
                 "launch.hostfile is set, but with launch=slurm it is Slurm that has the hosts"
+            )
+        given = [name for name in OF_MPIRUN if getattr(launch, name) not in (None, [])]
+        if launch.kind == "none" and given:
+            raise ConfigError(
+                f"launch.{given[0]} is for launch=mpirun and launch=slurm; an mpirun of your own "
+                "takes options instead"
             )
         if getattr(self, "resume", None) is not None and self.run_dir is not None:
             raise ConfigError("resume and run_dir both name the run directory: give one of them")

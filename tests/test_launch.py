@@ -16,7 +16,7 @@ import pytest
 from hpcmlx import config
 from hpcmlx.config import GenerateConfig
 from hpcmlx.errors import ConfigError, ExitCode, OutputError, UsageError
-from hpcmlx.launch import mpirun
+from hpcmlx.launch import mpirun, options
 from hpcmlx.launch.hostfile import Host, is_host_name, parse_hostfile, total_slots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ def test_the_ranks_start_no_mpirun_of_their_own():
     ],
 )
 def test_ranks_on_this_host(ranks, hosts, expected):
-    assert mpirun.ranks_here(ranks, hosts, {"here"}, cores=3) == expected
+    assert options.ranks_here(ranks, hosts, {"here"}, cores=3) == expected
 
 
 def test_keepalives_only_over_ssh_and_never_over_the_users():

@@ -22,9 +22,10 @@ from mlx_lm.utils import _get_classes
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.mesh import Mesh, ParallelDims
+from hpcmlx.models.balance import stage_layers
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.convert import wheel_gguf
-from hpcmlx.models.loader import LoadedModel, load_model, stage_layers, take
+from hpcmlx.models.loader import LoadedModel, load_model, take
 from hpcmlx.models.plans import plan_for
 from hpcmlx.models.skeleton import build_skeleton
 from hpcmlx.parallel.dataflow import trace

@@ -12,8 +12,9 @@ import pytest
 
 from hpcmlx.errors import ConfigError
 from hpcmlx.observe import memory
-from hpcmlx.observe.memory import cgroup_headroom, format_bytes, parse_bytes
+from hpcmlx.observe.memory import cgroup_headroom
 from hpcmlx.observe.summary import peak_memory
+from hpcmlx.units import format_bytes, parse_bytes
 
 GIB = 1 << 30
 V1_UNLIMITED = 9223372036854771712

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hpcmlx.doctor.facts import Facts
 from hpcmlx.doctor.findings import Finding
-from hpcmlx.observe.memory import format_bytes
+from hpcmlx.units import format_bytes
 
 UNKNOWN = "unknown"
 _SERIOUS, _WORTH_KNOWING = "PROBLEM", "note"

@@ -32,12 +32,13 @@ from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.loader import LoadedModel, resolve_formats
 from hpcmlx.observe import gantt
-from hpcmlx.observe.memory import default_kv_budget, format_bytes, parse_bytes
+from hpcmlx.observe.memory import default_kv_budget
 from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.observe.status import RankReport, State, StatusWriter
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.rundir import MANIFEST, check_room
 from hpcmlx.settings import GenerateConfig
+from hpcmlx.units import format_bytes, parse_bytes
 
 _log = logging.getLogger(__name__)
 

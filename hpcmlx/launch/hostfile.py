@@ -1,10 +1,11 @@
 """Open MPI host files: which hosts, how many ranks on each. Read here only to refuse what is wrong
-before anything starts, with its line; mpirun reads the file itself."""
+before anything starts, with its line; mpirun reads the file itself. What the comments say of the
+hosts is for `describe.py`."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpcmlx.errors import ConfigError
@@ -23,10 +24,14 @@ class Host:
     Attributes:
         name: host name or IPv4 address.
         slots: ranks it takes; None where the line does not say: as many as it has cores.
+        comment: what follows `#` on the line.
+        number: of the line.
     """
 
     name: str
     slots: int | None = None
+    comment: str = field(default="", compare=False)
+    number: int = field(default=0, compare=False)
 
 
 def is_host_name(name: str) -> bool:
@@ -46,9 +51,10 @@ def parse_hostfile(path: str | Path) -> list[Host]:
         raise ConfigError(f"launch.hostfile={path} cannot be read: {error}") from error
     hosts: list[Host] = []
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].split()
-        if words:
-            hosts.append(_parse_line(words, f"{path}:{number}"))
+        text_of_host, _, comment = line.partition("#")
+        if words := text_of_host.split():
+            host = _parse_line(words, f"{path}:{number}")
+            hosts.append(replace(host, comment=comment, number=number))
     if not hosts:
         raise ConfigError(f"{path} names no host; a line is `name slots=N`")
     return hosts

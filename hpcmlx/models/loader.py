@@ -20,12 +20,13 @@ from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.adapter_files import open_adapter
 from hpcmlx.models.adapters import attach
+from hpcmlx.models.balance import Balance
 from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.plans import plan_for
 from hpcmlx.models.skeleton import Quantization, Skeleton, WeightFormat, build_skeleton
-from hpcmlx.parallel.dataflow import LOGITS, Dataflow, find_layers, trace
-from hpcmlx.parallel.partition import Cut, Interval, balance_layers, offsets
+from hpcmlx.parallel.dataflow import Dataflow, find_layers, trace
+from hpcmlx.parallel.partition import Cut, Interval, offsets
 from hpcmlx.parallel.pipeline import Stage, build_stage, check_layers
 from hpcmlx.parallel.tensor import Shares, apply_plan, vocab_interval
 
@@ -125,8 +126,9 @@ def load_model(
         dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
         weights: "keep" quantized weights packed or "dequantize" them; "auto" dequantizes on a CPU,
             where packed products are many times slower than float32 ones.
-        tp_shares: relative share of each tensor-parallel rank; None is equal.
-        pp_layers: layers of each stage; None balances the bytes that a token must read.
+        tp_shares: relative share of each tensor-parallel rank; None: by the bandwidth of
+            `mesh.hosts`, equal where that is None.
+        pp_layers: layers of each stage; None balances the time to read what a token needs.
         adapter: what `open_adapter` opens, or a function that attaches something to the skeleton;
             None for the plain model.
         chunk: (number, how many): with several stages on each rank, interleaved, which of this
@@ -154,15 +156,15 @@ def load_model(
     shapes = {path: array.shape for path, array in tree_flatten(model.parameters())}
     sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
     vocab = vocab_size(model)
+    balance = Balance(mesh, sizes, tp_shares, speak=number == 0)
     cuts: dict[str, Cut] = {}
     interval = (0, vocab)
     if mesh.dims.tp > 1:
         plan = plan_for(skeleton.model_type)
-        shares = Shares(tuple(tp_shares) if tp_shares else (1.0,) * mesh.dims.tp)
-        cuts = apply_plan(model, plan, mesh.tp_group, shares)
+        cuts = apply_plan(model, plan, mesh.tp_group, Shares(balance.tp_shares))
         interval = vocab_interval(model) or interval
     work = prepare(model, shapes) if prepare else None
-    ranges = stage_layers(num_layers, num_stages, pp_layers, flow, sizes, work)
+    ranges = balance.stage_layers(num_layers, num_stages, pp_layers, flow, work)
     check_layers(num_layers, ranges)
     stage = build_stage(model, flow, *ranges[number * mesh.dims.pp + mesh.pp])
     reader = Reader(checkpoint, skeleton, cuts)
@@ -229,46 +231,6 @@ def vocab_size(model: nn.Module) -> int:
         raise ConfigError(
             f"{name}: needs Metal kernels, which this host does not have; run it on Macs"
         ) from None
-
-
-def stage_layers(
-    num_layers: int,
-    num_stages: int,
-    pp_layers: Sequence[int] | None,
-    flow: Dataflow | None,
-    sizes: Mapping[str, int],
-    work: Sequence[float] | None = None,
-) -> list[Interval]:
-    """Layers of each stage: as asked, else so that the stage that reads most bytes per token reads
-    as few as possible. The head counts (a fifth of a small model); the embedding is a lookup.
-
-    Args:
-        work: what to multiply the bytes of each layer with, and of the head last; None is 1.
-    """
-    if num_stages == 1 or flow is None:
-        return [(0, num_layers)]
-    if pp_layers is not None:
-        if sum(pp_layers) != num_layers:
-            raise ConfigError(
-                f"parallel.pp_layers={list(pp_layers)} adds up to {sum(pp_layers)} layers, "
-                f"the model has {num_layers}"
-            )
-        return offsets(list(pp_layers))
-    if num_stages > num_layers:
-        raise ConfigError(
-            f"parallel.pp={num_stages} stages but the model has {num_layers} layers; "
-            f"use parallel.pp={num_layers} at most"
-        )
-    costs = [0] * num_layers
-    for path, layer in flow.parameter_layer.items():
-        if layer is not None:
-            costs[layer] += sizes[path]
-    head_parameters = flow.needs[LOGITS].parameters
-    head = sum(sizes[path] for path in head_parameters if flow.parameter_layer[path] is None)
-    if work is not None:
-        costs = [round(cost * factor) for cost, factor in zip(costs, work[:-1], strict=True)]
-        head = round(head * work[-1])
-    return offsets(balance_layers(costs, num_stages, last_cost=head))
 
 
 def check_coverage(mesh: Mesh, wanted: Collection[str], paths: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""How many bytes a rank may take for its KV caches, and sizes as people write them.
+"""How many bytes a rank may take for its KV caches.
 
 The engine asks once the weights are loaded. What counts is the smallest of what the host has free,
 what its container or Slurm job may still take, the process's own limit (`ulimit -v`) and, on Metal,
@@ -7,22 +7,14 @@ what the GPU can keep resident.
 
 from __future__ import annotations
 
-import re
 import resource
 from pathlib import Path
 
 import mlx.core as mx
 import psutil
 
-from hpcmlx.errors import ConfigError
-
 #: Of what is free, caches get this much; the rest is for activations and for the host.
 KV_SHARE = 0.7
-
-_BINARY = ("KiB", "MiB", "GiB", "TiB")
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {unit.lower(): 1024 ** (i + 1) for i, unit in enumerate(_BINARY)}
-_UNITS |= {unit: 1000 ** (i + 1) for i, unit in enumerate(("kb", "mb", "gb", "tb"))}
 
 
 def default_kv_budget(num_ranks_on_host: int) -> int:
@@ -98,31 +90,3 @@ def _read(path: Path) -> str | None:
         return path.read_text().strip()
     except OSError:
         return None
-
-
-def parse_bytes(text: str, key: str = "size") -> int:
-    """A size as people write it, in bytes: binary units, decimal units, or a plain number.
-
-    Args:
-        text: as in "4GiB", "1.5 GiB", "512MB" or "1048576"; case does not matter.
-        key: what the error message calls it.
-
-    Raises:
-        ConfigError: it is none of these, or less than one byte.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
-    unit = match and _UNITS.get(match[2].lower())
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise ConfigError(f"{key}={text!r}: expected a size above 0, as in 4GiB, 512MB or 1048576")
-    return size
-
-
-def format_bytes(num_bytes: float) -> str:
-    """A size for people: `512 B`, `1.5 GiB`."""
-    size, unit = float(num_bytes), "B"
-    for larger in _BINARY:
-        if abs(size) < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 100 else f"{size:.1f} {unit}"

@@ -85,54 +85,89 @@ def split_by_weight(num_units: int, weights: Sequence[float], minimum: int = 0) 
     return [c + minimum for c in counts]
 
 
+def capped_shares(weights: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Shares of a whole in proportion to `weights`, but none above its limit: what one cannot take
+    the others do, in proportion.
+
+    Args:
+        weights: one positive number per rank.
+        limits: the largest share of each, as a part of the whole.
+
+    Raises:
+        ValueError: the limits together are less than the whole.
+    """
+    if sum(limits) < 1:
+        raise ValueError(f"only {sum(limits):.0%} of the whole has room")
+    shares = dict.fromkeys(range(len(weights)), 0.0)
+    full: set[int] = set()
+    while True:
+        rest = 1 - sum(limits[i] for i in full)
+        free = sum(w for i, w in enumerate(weights) if i not in full)
+        for i, weight in enumerate(weights):
+            shares[i] = limits[i] if i in full else rest * weight / free
+        over = {i for i in shares if i not in full and shares[i] > limits[i]}
+        if not over or len(full | over) == len(weights):
+            return [min(shares[i], limits[i]) for i in shares]
+        full |= over
+
+
 def balance_layers(
     layer_costs: Sequence[float],
     num_stages: int,
     first_cost: float = 0.0,
     last_cost: float = 0.0,
+    speeds: Sequence[float] | None = None,
+    fits: Callable[[int, int, int], bool] | None = None,
 ) -> list[int]:
-    """Cut consecutive layers into stages so that the dearest stage is as cheap as it can be.
+    """Cut consecutive layers into stages so that the slowest stage is as fast as it can be.
 
     Exact, by dynamic programming; among the best cuts the one with the smallest sum of squared
-    stage costs. O(num_stages * num_layers^2).
+    stage times. O(num_stages * num_layers^2).
 
     Args:
         layer_costs: cost of each layer (bytes, seconds), not negative.
         num_stages: how many stages, each of at least one layer.
         first_cost: what the first stage bears on top (the embedding).
         last_cost: what the last stage bears on top (the head).
+        speeds: what each stage's cost is divided by; None: all are equally fast.
+        fits: whether a stage has room for the layers [start, stop): (stage, start, stop).
 
     Returns:
         The number of layers of each stage.
 
     Raises:
-        ValueError: there are fewer layers than stages, or no stage.
+        ValueError: there are fewer layers than stages, or no stage, or no cut that fits.
     """
     num_layers = len(layer_costs)
     if not 1 <= num_stages <= num_layers:
         raise ValueError(f"{num_layers} layers cannot give one to each of {num_stages} stages")
     sums = list(accumulate(layer_costs, initial=0.0))
+    rates = [1.0] * num_stages if speeds is None else speeds
 
-    def cost(start: int, stop: int) -> float:
+    def time(stage: int, start: int, stop: int) -> float:
+        if fits is not None and not fits(stage, start, stop):
+            return inf
         ends = (first_cost if start == 0 else 0.0) + (last_cost if stop == num_layers else 0.0)
-        return sums[stop] - sums[start] + ends
+        return (sums[stop] - sums[start] + ends) / rates[stage]
 
     def best(step: Callable[[float, float], float]) -> tuple[float, list[int]]:
-        """(total, counts) of the cut whose stage costs, folded by `step`, are the least."""
+        """(total, counts) of the cut whose stage times, folded by `step`, are the least."""
         table: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
         for stage in range(num_stages):
             table = {
                 stop: min(
-                    (step(table[start][0], cost(start, stop)), [*table[start][1], stop - start])
-                    for start in range(stage, stop)
-                    if start in table
+                    (step(total, time(stage, start, stop)), [*counts, stop - start])
+                    for start, (total, counts) in table.items()
+                    if start < stop
                 )
                 for stop in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1)
             }
         return table[num_layers]
 
     limit = best(max)[0] * (1 + 1e-12)
-    return best(lambda total, c: total + c * c if c <= limit else inf)[1]
+    if limit == inf:
+        raise ValueError(f"no cut into {num_stages} stages fits")
+    return best(lambda total, t: total + t * t if t <= limit else inf)[1]
 
 
 def offsets(counts: Sequence[int]) -> list[Interval]:

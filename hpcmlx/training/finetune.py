@@ -24,7 +24,6 @@ from hpcmlx.launch.mpirun import COMPLETED
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.tokenizer import ChatRenderer
 from hpcmlx.observe import curves, gantt
-from hpcmlx.observe.memory import format_bytes
 from hpcmlx.observe.metrics import Metrics, format_step, read_metrics
 from hpcmlx.observe.summary import peak_memory, write_summary
 from hpcmlx.observe.timeline import Timeline
@@ -40,6 +39,7 @@ from hpcmlx.training.resume import (
     drop_later_lines,
 )
 from hpcmlx.training.trainer import StepResult, Trainer
+from hpcmlx.units import format_bytes
 
 #: In the run directory.
 CHECKPOINTS, SAMPLES = "checkpoints", "samples.jsonl"
