@@ -49,6 +49,7 @@ def rank_of(dims: ParallelDims, pp: int = 0, tp: int = 0, everything=()) -> Simp
         dims=dims,
         pp=pp,
         tp=tp,
+        hosts=None,
         tp_group=SimpleNamespace(rank=tp, size=dims.tp),
         replica=SimpleNamespace(allgather=lambda mine: [mine, set(everything)]),
     )
@@ -450,7 +451,7 @@ from hpcmlx.models.loader import load_model
 import mlx.core as mx
 mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))  # what any use of MLX costs
 checkpoint = open_checkpoint(sys.argv[1])
-mesh = SimpleNamespace(dims=ParallelDims(tp=2), pp=0, tp=0,
+mesh = SimpleNamespace(dims=ParallelDims(tp=2), pp=0, tp=0, hosts=None,
     tp_group=SimpleNamespace(rank=0, size=2), replica=SimpleNamespace(allgather=lambda x: [x]))
 scale = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

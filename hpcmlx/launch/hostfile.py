@@ -54,6 +54,12 @@ def parse_hostfile(path: str | Path) -> list[Host]:
         text_of_host, _, comment = line.partition("#")
         if words := text_of_host.split():
             host = _parse_line(words, f"{path}:{number}")
+            for other in hosts:
+                if other.name == host.name and (other.slots or host.slots):
+                    raise ConfigError(
+                        f"{path}:{number}: {host.name} is there already on line {other.number}; "
+                        "mpirun wants one line with all its slots"
+                    )
             hosts.append(replace(host, comment=comment, number=number))
     if not hosts:
         raise ConfigError(f"{path} names no host; a line is `name slots=N`")

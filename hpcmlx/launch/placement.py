@@ -81,13 +81,14 @@ def fill(cluster: Cluster, num_ranks: int) -> list[str] | None:
         None where a line that is needed says neither `slots` nor the cores of its host.
     """
     order: list[str] = []
-    for line in cluster.lines:
-        if len(order) >= num_ranks:
-            break
-        slots = line.slots or cluster.hosts.get(line.name, Description()).cores
-        if slots is None:
+    times = Counter(line.name for line in cluster.lines)
+    for name, count in times.items():
+        # A host that is there several times has a slot for each, and they are filled together.
+        slots = next(line.slots for line in cluster.lines if line.name == name)
+        slots = slots or (count if count > 1 else cluster.hosts.get(name, Description()).cores)
+        if len(order) < num_ranks and slots is None:
             return None
-        order += [line.name] * slots
+        order += [name] * (slots or 0)
     return order[:num_ranks] if len(order) >= num_ranks else None
 
 
