@@ -56,6 +56,7 @@ __all__ = [
     "help_text",
     "parse_command_line",
     "quote",
+    "resolved",
     "to_dict",
     "to_yaml",
 ]
@@ -179,6 +180,22 @@ def to_yaml(cfg: JobConfig) -> str:
         _restore(values, unresolved, ""), sort_keys=False, allow_unicode=True
     )
     return text
+
+
+def resolved(text: str) -> str:
+    """A value that a file has kept as it was written, as in `${oc.env:MODELS}/llama`.
+
+    Raises:
+        ConfigError: it cannot be resolved here.
+    """
+    if "${oc." not in text:
+        return text
+    try:
+        return str(OmegaConf.create({"value": text}).value)
+    except OmegaConfBaseException:
+        raise ConfigError(
+            f"{text}: cannot be resolved here; set that environment variable"
+        ) from None
 
 
 def quote(key: str, value: str) -> str:

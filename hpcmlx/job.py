@@ -8,6 +8,7 @@ says what is wrong, on which rank and host, and the right exit code.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -23,15 +24,16 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 import hpcmlx
-from hpcmlx import comm, config, jaccl, log, orphans
+from hpcmlx import comm, config, jaccl, log, orphans, redact
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
 from hpcmlx.files import write_atomic
 from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
+from hpcmlx.observe.record import RunRecord
 from hpcmlx.rankhosts import describe_ranks
-from hpcmlx.rundir import lock_run_dir, make_run_dir, open_run_dir
-from hpcmlx.versions import source_hash
+from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir
+from hpcmlx.versions import source_hash, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -106,8 +108,9 @@ def run_job(
         schema: the dataclass that the configuration is checked against.
         argv: Hydra overrides; None takes the command line.
     """
+    os.umask(PRIVATE)  # prompts and answers are nobody else's business
     world: Communicator | None = None
-    stop = StopSignal()
+    stop, record = StopSignal(), RunRecord()
     stop.listen()
     try:
         command = config.parse_command_line(sys.argv[1:] if argv is None else argv)
@@ -116,9 +119,9 @@ def run_job(
         if code is None:
             world = comm.init()
             orphans.watch_parent()
-            code = _run(name, schema, main, overrides, world, stop)
+            code = _run(name, schema, main, overrides, world, stop, record)
     except BaseException as error:  # noqa: BLE001  whatever ends one rank must end them all
-        _fail(error, world)
+        _fail(error, world, record)
     comm.finalize(code)
 
 
@@ -130,6 +133,7 @@ def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | 
         print(config.help_text(schema, CONF))
         return ExitCode.OK
     settings = config.compose(schema, CONF, name, command.overrides)
+    redact.hide(redact.secrets(config.to_dict(settings), settings.unresolved))
     if command.show == "config":
         print(config.to_yaml(settings), end="")
         return ExitCode.OK
@@ -146,6 +150,7 @@ def _run(
     overrides: Sequence[str],
     world: Communicator,
     stop: StopSignal,
+    record: RunRecord,
 ) -> ExitCode:
     started = time.monotonic()
     if hpcmlx.BLAS.problem:
@@ -159,27 +164,28 @@ def _run(
     make_run_dir(run_dir)  # a host that shares no files with rank 0's has one of its own
     logger = log.setup(world.rank, comm.hostname(), run_dir)
     _report_host(logger, mesh, run_dir)
+    record.begin(world, name, settings, run_dir, launch, str(mesh.dims))
     mesh.hosts = describe_ranks(settings.launch, world)
     mesh.tp_group = jaccl.connect(settings.comm.tensor, mesh.tp_group)
     if mx.metal.is_available():
         # Weights that are paged out between steps would make a big model crawl.
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
-    world.barrier()
     code = main(Job(name, settings, mesh, run_dir, logger, stop)) or ExitCode.OK
     world.barrier()  # every rank has done its part: only now may success be claimed
+    record.end(world, code)
     if code is ExitCode.PREEMPTED:  # saved, not complete
         logger.info("stopped: run it again with run_dir=%s to go on", run_dir)
     elif world.rank == 0:
-        record = {
+        completed = {
             "job": name,
             "launch": launch,
             "layout": str(mesh.dims),
             "exit_code": int(code),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 3),
-            "versions": _versions(),
+            "versions": versions(),
         }
-        write_atomic(run_dir / mpirun.COMPLETED, json.dumps(record, indent=2).encode() + b"\n")
+        write_atomic(run_dir / mpirun.COMPLETED, json.dumps(completed, indent=2).encode() + b"\n")
         logger.info("complete: %s", run_dir)
     return code
 
@@ -207,14 +213,12 @@ def _settings(
             write_atomic(saved, config.to_yaml(settings).encode())
         values = config.to_dict(settings)
         message = {"config": values, "run_dir": str(run_dir.path), "launch": run_dir.token}
+        # Of rank 0's environment; another host's may lack it, and must not say it either.
+        message["secrets"] = redact.secrets(values, settings.unresolved)
     message = world.bcast(message)
+    redact.hide(message["secrets"])
     settings = config.from_dict(schema, message["config"])
     return settings, Path(message["run_dir"]), message["launch"]
-
-
-def _versions() -> dict[str, str]:
-    names = ("hpcmlx", "mlx", "mlx-lm", "mpi4py", "numpy", "h5py")
-    return {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]}
 
 
 def _this_peer(settings: Any = None) -> Peer:
@@ -245,12 +249,12 @@ def check_peers(peers: Sequence[Peer]) -> None:
 
 
 def _report_host(logger: Logger, mesh: Mesh, run_dir: Path) -> None:
-    versions = _versions()
+    found = versions()
     logger.info(
         "layout %s, run directory %s; %s",
         mesh.dims,
         run_dir,
-        ", ".join(f"{k} {versions[k]}" for k in ("hpcmlx", "mlx", "mlx-lm", "python")),
+        ", ".join(f"{k} {found[k]}" for k in ("hpcmlx", "mlx", "mlx-lm", "python")),
     )
     if mx.default_device() == mx.Device(mx.cpu):
         logger.info("CPU device, BLAS: %s", hpcmlx.BLAS)
@@ -262,9 +266,10 @@ def _report_host(logger: Logger, mesh: Mesh, run_dir: Path) -> None:
             )
 
 
-def _fail(error: BaseException, world: Communicator | None) -> NoReturn:
-    """Print why, then end every rank."""
+def _fail(error: BaseException, world: Communicator | None, record: RunRecord) -> NoReturn:
+    """Print why, note it, then end every rank."""
     code, message = _describe(error)
+    message = redact.scrub(message)
     where = ""
     if world is not None and world.size > 1:
         where = f"rank {world.rank} on {comm.hostname()}: "
@@ -272,6 +277,7 @@ def _fail(error: BaseException, world: Communicator | None) -> NoReturn:
             # Where all ranks refuse the same thing, rank 0 says it for them and ends the job.
             time.sleep(0.5)
     print(f"hpcmlx: {where}{message}", file=sys.stderr, flush=True)
+    record.fail(world or Communicator(), code, message)
     (world or Communicator()).abort(code)
 
 

@@ -14,12 +14,20 @@ from typing import TextIO
 from rich.console import Console
 from rich.logging import RichHandler
 
+from hpcmlx import redact
 from hpcmlx.errors import OutputError
 
 LOGGER = "hpcmlx"
 
 
-class _OneLine(logging.Formatter):
+class _Scrubbed(logging.Formatter):
+    """A formatter that keeps what came from the environment to itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact.scrub(super().format(record))
+
+
+class _OneLine(_Scrubbed):
     """A formatter whose messages stay one line, so that lines of many ranks can interleave.
 
     A traceback keeps its lines: it is for the person who mends the bug.
@@ -73,9 +81,11 @@ def close() -> None:
 
 def _console(rank: int, host: str, stream: TextIO) -> logging.Handler:
     if rank == 0 and stream.isatty():
-        return RichHandler(
+        rich = RichHandler(
             console=Console(file=stream), show_path=False, markup=False, rich_tracebacks=False
         )
+        rich.setFormatter(_Scrubbed("%(message)s"))
+        return rich
     handler = logging.StreamHandler(stream)
     where = "" if rank == 0 else f"rank {rank} {host} "
     handler.setFormatter(_OneLine(f"%(asctime)s %(levelname)s {where}%(message)s", "%H:%M:%S"))

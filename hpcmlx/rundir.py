@@ -27,6 +27,8 @@ CLAIM_ENV = "HPCMLX_CLAIM"
 LOCK = "lock"
 #: What a resumed run is compared with; a run directory that has one may be entered again.
 MANIFEST = "manifest.json"
+#: The umask of a job: what is in a run directory is its user's alone, whatever made it.
+PRIVATE = 0o077
 _HINT = "give another run_dir, or none for a new one"
 
 
@@ -87,14 +89,41 @@ def open_run_dir(
 
 
 def make_run_dir(path: str | Path) -> Path:
-    """Make the directory `path` unless it is there; the absolute path. Raises OutputError."""
+    """Make the directory `path` unless it is there; the absolute path.
+
+    Raises:
+        OutputError: it cannot be made, or what would be written into it would land elsewhere.
+    """
     run_dir = Path(path).absolute()
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         run_dir.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise cannot_create(error, run_dir) from error
+    refuse_links(run_dir)
     return run_dir
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Nothing is written outside a run directory, whoever has put what into it.
+
+    Links to something inside it are left alone; some trackers make them.
+
+    Raises:
+        OutputError: it is a symbolic link, or there is one in it that leads out.
+    """
+    if run_dir.is_symlink():
+        raise OutputError(
+            f"run directory {run_dir} is a symbolic link; give the directory that it leads to"
+        )
+    inside = run_dir.resolve()
+    for folder, names, files in os.walk(run_dir):
+        for path in (Path(folder, name) for name in (*names, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise OutputError(
+                    f"run directory {run_dir}: {path.relative_to(run_dir)} is a symbolic link that "
+                    f"leads out of it; remove it, or {_HINT}"
+                )
 
 
 def reserve_run_dir(job: str, layout: str, root: str | Path = "runs") -> Path:

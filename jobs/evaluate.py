@@ -10,6 +10,8 @@ Leaves `logprobs.h5`, `choices.jsonl` and `choices.h5`, or `harness.json` in the
 `summary.json`: the same numbers on every layout. `--help` lists every setting.
 """
 
+import time
+
 from hpcmlx.config import EvaluateConfig
 from hpcmlx.errors import ExitCode
 from hpcmlx.inference.choices import ChoicesEvaluation
@@ -34,10 +36,12 @@ def main(job: Job) -> ExitCode:
     evaluation = kind(cfg, mesh, tokenizer, max_context(checkpoint.config))
     loaded = load_model(checkpoint, mesh, **cfg.load_options())
     job.log.info("%s", loaded)
+    begin = time.perf_counter()
     verdict = mesh.world.bcast(evaluation.run(loaded, job.run_dir))
+    cost = {"seconds": time.perf_counter() - begin, "num_tokens": verdict.num_tokens}
     totals = {"layout": str(mesh.dims), "kind": cfg.evaluate.kind, **verdict.totals}
     per_rank = {"place": str(mesh), "weight_bytes": loaded.num_bytes}
-    write_summary(mesh.world, job.run_dir, totals, per_rank)
+    write_summary(mesh.world, job.run_dir, totals, per_rank, **cost)
     if job.is_root:
         job.log.info("%s", verdict.line)
     return verdict.code

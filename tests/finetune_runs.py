@@ -70,7 +70,7 @@ def committed(run_dir: Path) -> list[int]:
 
 def files(run_dir: Path) -> dict[Path, tuple[int, bytes]]:
     """What a launch that does nothing leaves alone: (time of the last change, content)."""
-    own = {"lock", "completed.json"}
+    own = {"lock", "completed.json", "run.json", "report.html"}
     paths = [path for path in run_dir.rglob("*") if path.is_file() and path.name not in own]
     kept = [path for path in paths if path.parent.name != "logs"]
     return {

@@ -21,7 +21,7 @@ import numpy as np
 
 from hpcmlx.errors import ExitCode, InputError
 from hpcmlx.files import write_atomic, write_hdf5
-from hpcmlx.inference.evaluate import Verdict
+from hpcmlx.inference.evaluate import Verdict, source_of
 from hpcmlx.inference.jsonl import json_lines
 from hpcmlx.inference.request import BadRow
 from hpcmlx.inference.results import ERRORS, plain_error
@@ -122,11 +122,11 @@ class ChoicesEvaluation:
             )
         if answers is None:
             return None
-        attributes = {"model": self.cfg.model.path, "layout": str(self.mesh.dims)}
-        write_answers(run_dir, answers, self.errors, attributes | {"input": self.cfg.input})
+        write_answers(run_dir, answers, self.errors, source_of(self.cfg, self.mesh))
         totals = summarize(answers) | {"errors": len(self.errors)}
         code = ExitCode.ROW_ERRORS if self.errors else ExitCode.OK
-        return Verdict(totals, _describe(totals), code)
+        num_tokens = sum(len(row.tokens) for one in self.questions for row in one.rows)
+        return Verdict(totals, _describe(totals), code, num_tokens)
 
 
 def read_questions(

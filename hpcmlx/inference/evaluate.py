@@ -22,6 +22,7 @@ from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.models.tokenizer import encode
 from hpcmlx.observe.progress import ProgressBar
+from hpcmlx.redact import written
 from hpcmlx.settings import EvaluateConfig
 
 
@@ -32,12 +33,23 @@ class Verdict:
     Attributes:
         totals: its numbers, for summary.json.
         line: the same for people.
+        num_tokens: that the model has computed; None where they were not counted.
         code: ROW_ERRORS where some rows of the input could not be used.
     """
 
     totals: dict[str, Any]
     line: str
     code: ExitCode = ExitCode.OK
+    num_tokens: int | None = None
+
+
+def source_of(cfg: EvaluateConfig, mesh: Mesh) -> dict[str, Any]:
+    """What an evaluation's files say of where they come from, as it was written."""
+    return {
+        "model": written("model.path", cfg.model.path, cfg.unresolved),
+        "layout": str(mesh.dims),
+        "input": written("input", cfg.input, cfg.unresolved),
+    }
 
 
 class TextEvaluation:
@@ -82,8 +94,8 @@ class TextEvaluation:
         if scores is None:
             return None
         settings = {"window": self.window, "stride": self.stride}
-        source = {"model": self.cfg.model.path, "layout": str(self.mesh.dims)}
-        write_scores(run_dir, scores, source | {"input": self.cfg.input} | settings)
+        source = source_of(self.cfg, self.mesh)
+        write_scores(run_dir, scores, source | settings)
         totals = {
             "tokens": scores.num_predicted,
             "perplexity": scores.perplexity,
@@ -93,7 +105,7 @@ class TextEvaluation:
             f"{scores.num_predicted} tokens, perplexity {scores.perplexity:.4f} "
             f"({scores.nll:.5f} nats a token)"
         )
-        return Verdict(totals | settings, line)
+        return Verdict(totals | settings, line, num_tokens=scores.num_predicted)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcmlx import redact
 from hpcmlx.comm import Mailbox
 from hpcmlx.errors import ExitCode
 from hpcmlx.files import write_atomic
@@ -171,12 +172,13 @@ def put_together(
     written = None
     if work.batch is not None:
         refused = {error.index for error in work.errors}
+        model = redact.written("model.path", cfg.model.path, cfg.unresolved)
         written = results.write_results(
             run_dir,
             work.batch,
             (row for row in rows if row.index not in refused),
             tokenizer,
-            {"model": cfg.model.path, "layout": str(mesh.dims)},
+            {"model": model, "layout": str(mesh.dims)},
             work.errors,
         )
     if totals := results.summarize(mesh, run_dir, loaded, stats, seconds, written):

@@ -31,6 +31,7 @@ from hpcmlx.inference.scoring import Score, ScoreRow, score
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
 from hpcmlx.observe.progress import ProgressBar
+from hpcmlx.redact import written
 from hpcmlx.settings import EvaluateConfig
 
 #: Where config.json does not say how much a model can see at once; lm-eval's own default.
@@ -70,8 +71,9 @@ class HarnessEvaluation:
         from hpcmlx.inference.harness_model import HarnessModel
 
         own = self.cfg.evaluate
+        path = written("model.path", self.cfg.model.path, self.cfg.unresolved)
         results = simple_evaluate(
-            HarnessModel(crew, self.tokenizer, self.context, self.cfg.model.path),
+            HarnessModel(crew, self.tokenizer, self.context, path),
             tasks=self.tasks,
             num_fewshot=own.num_fewshot,
             limit=own.limit,
@@ -80,7 +82,7 @@ class HarnessEvaluation:
             log_samples=False,
         )
         crew.end()
-        results["config"] |= {"layout": str(self.mesh.dims), "model_path": self.cfg.model.path}
+        results["config"] |= {"layout": str(self.mesh.dims), "model_path": path}
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         write_atomic(run_dir / "harness.json", text + "\n")
         tables = [make_table(results)]

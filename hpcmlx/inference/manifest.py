@@ -19,6 +19,7 @@ from hpcmlx.errors import ConfigError, IntegrityError, StorageError
 from hpcmlx.files import sha256_of, write_atomic
 from hpcmlx.models.checkpoint import FETCH_PATTERNS, Checkpoint, GGUFCheckpoint
 from hpcmlx.models.checksums import CHECKSUMS
+from hpcmlx.redact import compared
 from hpcmlx.rundir import MANIFEST
 from hpcmlx.settings import GenerateConfig
 
@@ -86,7 +87,7 @@ class Manifest:
                 "files": fingerprint(checkpoint),
             },
             adapter,
-            {key: _hidden(key, value, shown) for key, value in values.items()},
+            {key: compared(key, value, shown) for key, value in values.items()},
             {name: metadata.version(name) for name in _VERSIONS},
         )
 
@@ -169,16 +170,6 @@ def _json(value: Any) -> str:
 
 def _arrow(before: str, now: str) -> str:
     return f"{before[:8]}… → {now[:8]}…"
-
-
-def _hidden(key: str, value: Any, shown: Mapping[str, str]) -> Any:
-    """`value`, or only its hash where it was written as an interpolation and may be a secret."""
-    written = [
-        k for k in shown if f"{k}.".startswith((f"{key}.", f"{key}[")) or key.startswith(f"{k}.")
-    ]
-    if not written:
-        return value
-    return f"{shown[written[0]]} with SHA-256 {hashlib.sha256(_json(value).encode()).hexdigest()}"
 
 
 def fingerprint(checkpoint: Checkpoint | GGUFCheckpoint) -> dict[str, str]:

@@ -176,7 +176,9 @@ def summarize(
         "steps": stats.num_steps,
         "idle_percent": _idle_percent([stats], seconds),
     }
-    write_summary(mesh.world, run_dir, totals, per_rank)
+    head = totals or {"layout": str(mesh.dims)}
+    tokens = totals["this_launch"]["generated_tokens"] if totals else None
+    write_summary(mesh.world, run_dir, head, per_rank, seconds=seconds, num_tokens=tokens)
     return totals or None
 
 

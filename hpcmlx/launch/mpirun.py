@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from hpcmlx import orphans
+from hpcmlx import orphans, record, redact
 from hpcmlx.config import JobConfig, quote
 from hpcmlx.errors import ConfigError, ExitCode, UsageError
 from hpcmlx.launch.hostfile import parse_hostfile, total_slots
@@ -276,8 +276,11 @@ def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfi
             as_root=os.geteuid() == 0,
             export=exported(env, launch.export),
         )
-        print(f"hpcmlx: {shlex.join(argv)}", file=sys.stderr, flush=True)
+        line = shlex.join(redact.command_line(argv))
+        print(f"hpcmlx: {line}", file=sys.stderr, flush=True)
         code = run(argv, env)
+        if recorded(run_dir.path, run_dir.token) is None:
+            record.note_death(run_dir.path, run_dir.token, record.mpirun_death(code))
         return verdict(run_dir.path, run_dir.token, code, resumable=settings.RESUMABLE)
 
 

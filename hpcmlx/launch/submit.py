@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from hpcmlx import record
 from hpcmlx.config import JobConfig
 from hpcmlx.errors import ConfigError, ExitCode, LostPeerError, UsageError
 from hpcmlx.files import write_atomic
@@ -140,6 +141,8 @@ def submit(job: str, script: str, overrides: Sequence[str], settings: JobConfig)
     code = recorded(run_dir.path, run_dir.token)
     if code is None:
         code = state.exit_code
+        exit = record.Exit(record.cause_of(code), code, f"Slurm: job {job_id}: {state}")
+        record.note_death(run_dir.path, run_dir.token, exit)
         print(f"hpcmlx: job {job_id} is not complete: {state}", file=sys.stderr)
     return code
 

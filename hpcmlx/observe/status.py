@@ -1,8 +1,10 @@
 """How a run goes, in a file that anybody may read meanwhile: `status.json`.
 
 Every rank tells rank 0 its numbers as a `RankReport`, through a mailbox that never blocks; rank 0
-combines the latest of each rank and replaces the file about once a second. A run that was killed
-leaves its last status behind: `updated` then stands still. Only `completed.json` means success.
+combines the latest of each rank and replaces the file about once a second. Where a run was killed
+its launcher sets it to failed. Without a launcher the last status stays behind: then `updated`
+stands still and nobody holds the run directory's lock (`record.how_it_ended`). Only
+`completed.json` means success.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from typing import Any
 from hpcmlx.comm import hostname
 from hpcmlx.errors import OutputError
 from hpcmlx.observe.progress import seconds_left
+from hpcmlx.record import STATUS
+from hpcmlx.redact import scrub
 
-STATUS = "status.json"
 #: Seconds that `recent` rates look back.
 RECENT_SECONDS = 30.0
 
@@ -254,7 +257,7 @@ class StatusWriter:
         if error is None:
             self.set_state(State.STOPPED if self.stopped else State.COMPLETE)
         else:
-            self._error = " ".join(f"{type(error).__name__}: {error}".split())
+            self._error = scrub(" ".join(f"{type(error).__name__}: {error}".split()))
             self.set_state(State.FAILED)
 
     @property

@@ -27,6 +27,7 @@ from hpcmlx.observe import curves, gantt
 from hpcmlx.observe.metrics import Metrics, format_step, read_metrics
 from hpcmlx.observe.summary import peak_memory, write_summary
 from hpcmlx.observe.timeline import Timeline
+from hpcmlx.redact import written
 from hpcmlx.settings_finetune import FinetuneConfig
 from hpcmlx.training.build import Data, optim_settings
 from hpcmlx.training.checkpoints.found import Found
@@ -59,6 +60,7 @@ class Run:
 
     Attributes:
         identity: of `resume.identity`.
+        num_tokens_before: that earlier launches have trained on.
     """
 
     cfg: FinetuneConfig
@@ -70,6 +72,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     store: CheckpointStore = field(init=False)
     trainer: Trainer = field(init=False)
+    num_tokens_before: int = 0
     _found: Found | None = None
     _valid_loss: float | None = None
     _pause: float = 0.0
@@ -90,6 +93,7 @@ class Run:
             return False
         check_identity(self._found.state, self.identity, self.run_dir)
         self.progress = Progress(**self._found.state["progress"])
+        self.num_tokens_before = self.progress.num_tokens
         at_end = self.progress.step == self.data.batches.num_steps
         over = at_end or self.progress.sees_no_gain(self.cfg.train.patience)
         # Without the record the results may not be there.
@@ -232,7 +236,8 @@ class Run:
         answers = {row.index: row.text for part in everyone for row in part}
         with (self.run_dir / SAMPLES).open("a", encoding="utf-8") as file:
             for i, text in enumerate(prompts):
-                row = {"step": n, "prompt": text, "answer": answers[i]}
+                prompt = written(f"train.prompts[{i}]", text, self.cfg.unresolved)
+                row = {"step": n, "prompt": prompt, "answer": answers[i]}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 _log.info("%s -> %s", text, " ".join(answers[i].split()))
 
@@ -260,13 +265,13 @@ def leave_results(run: Run, timeline: Timeline, seconds: float) -> None:
     totals = {
         "layout": str(mesh.dims),
         "steps": progress.step,
-        "tokens": progress.num_tokens,
+        "tokens_in_all": progress.num_tokens,
         "skipped_steps": progress.num_skipped,
         "best_loss": progress.best,
         "trained_parameters": run.trainer.stages.num_trained,
-        "seconds": round(seconds, 3),
     }
-    ranks = write_summary(mesh.world, run.run_dir, totals, {})
+    cost = {"seconds": seconds, "num_tokens": progress.num_tokens - run.num_tokens_before}
+    ranks = write_summary(mesh.world, run.run_dir, totals, {}, **cost)
     place, layout = (mesh.dp, mesh.pp, mesh.tp), str(mesh.dims)
     if lanes := timeline.save(mesh.world, place, run.run_dir, layout):
         write_atomic(run.run_dir / gantt.PICTURE, gantt.draw(lanes, layout))

@@ -20,6 +20,7 @@ from hpcmlx.inference.manifest import fingerprint
 from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
 from hpcmlx.models.loader import resolve_formats
+from hpcmlx.redact import compared, written
 from hpcmlx.rundir import check_room
 from hpcmlx.settings_finetune import FinetuneConfig, TrainConfig
 from hpcmlx.training.optim import Optimizer
@@ -58,20 +59,25 @@ def identity(
     data_hash: str,
     num_steps: int,
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on, and what an export has to know.
+    """What must be the same when a run goes on, and what an export has to know. Texts that came
+    from the environment are not in it.
 
     Args:
         data_hash: of the examples.
         num_steps: of the whole run.
     """
-    train = cfg.train
+    train, shown = cfg.train, cfg.unresolved
+    path = written("model.path", str(checkpoint.path.absolute()), shown)
+    modules = compared("method.modules", cfg.method.modules, shown)
+    no_decay = compared("optim.no_decay", cfg.optim.no_decay, shown)
     dtype, weights = resolve_formats(cfg.model.dtype, cfg.model.weights)
     return {
-        "model": {"path": str(checkpoint.path.absolute()), "files": fingerprint(checkpoint)},
+        "model": {"path": path, "files": fingerprint(checkpoint)},
         "dtype": dtype,
         "weights": weights,
-        "method": asdict(cfg.method),
-        "optim": asdict(cfg.optim) | {"zero1": None},  # where the state lies, not what it is
+        "method": asdict(cfg.method) | {"modules": modules},
+        # zero1: where the state lies, not what it is
+        "optim": asdict(cfg.optim) | {"no_decay": no_decay, "zero1": None},
         "data": {
             "train": data_hash,
             "packing": cfg.data.packing,

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from hpcmlx.comm import Communicator
+from hpcmlx.config import resolved
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.inference.manifest import fingerprint
 from hpcmlx.models.adapters import LINEARS, SWITCHES
@@ -89,7 +90,8 @@ def base_of(found: Found) -> str:
         ConfigError: it is not there, or not what it was when the run began.
     """
     model = found.state["model"]
-    checkpoint = open_checkpoint(model["path"])
+    path = resolved(model["path"])
+    checkpoint = open_checkpoint(path)
     now = fingerprint(checkpoint)
     checkpoint.close()
     for name, digest in model["files"].items():
@@ -99,7 +101,7 @@ def base_of(found: Found) -> str:
                 f"{model['path']}: {name} is not what it was when the run began; restore it, or "
                 "give --base"
             )
-    return model["path"]
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""Write report.html of a run directory: a page with how it went and how it ended; no network:
+
+    python jobs/report.py runs/tonight
+    python jobs/report.py runs/tonight --to tonight.html
+
+A job writes it itself when it ends. This does it again, also for a run that was killed, while one
+is under way, or after the files were copied to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hpcmlx.errors import ExitCode, HpcmlxError
+from hpcmlx.files import write_atomic
+from hpcmlx.observe.report import REPORT, page
+from hpcmlx.record import RECORD
+
+
+def main() -> int:
+    """Run the command line; the result is the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--to", type=Path, metavar="FILE", help=f"instead of RUN_DIR/{REPORT}")
+    args = parser.parse_args()
+    target = args.to or args.run_dir / REPORT
+    try:
+        write_atomic(target, page(args.run_dir).encode("utf-8", "replace"))
+    except FileNotFoundError:
+        print(f"report: {args.run_dir} is no run directory: no {RECORD} in it", file=sys.stderr)
+        return int(ExitCode.CONFIG)
+    except HpcmlxError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
