@@ -16,9 +16,9 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcmlx.errors import ConfigError, UsageError
@@ -50,12 +50,15 @@ __all__ = [
     "ParallelConfig",
     "SamplingConfig",
     "ScoringConfig",
+    "checked_override",
     "compose",
     "config_hash",
     "from_dict",
     "help_text",
+    "load",
     "parse_command_line",
     "quote",
+    "read",
     "resolved",
     "to_dict",
     "to_yaml",
@@ -74,19 +77,28 @@ class CommandLine:
     Attributes:
         overrides: `key=value` and `group=file`, in Hydra's syntax.
         show: "help" or "config" to print that and end, else "".
+        multirun: the overrides describe a sweep of several points.
+        file: a whole configuration that was saved, in place of conf/; "" for conf/.
     """
 
     overrides: tuple[str, ...]
     show: str = ""
+    multirun: bool = False
+    file: str = ""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What a process gets that is to have the same configuration."""
+        return (*([f"--config={self.file}"] if self.file else []), *self.overrides)
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Split `sys.argv[1:]` into overrides and the two options, `--help` and `--cfg job`.
+    """Split `sys.argv[1:]` into overrides and the options `--help`, `--cfg job`, `-m`, `--config`.
 
     Raises:
         UsageError: anything that is neither.
     """
-    overrides, show = [], ""
+    overrides, show, multirun, file = [], "", False, ""
     args = iter(argv)
     for arg in args:
         if arg in ("-h", "--help"):
@@ -95,17 +107,43 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             if arg == "--cfg" and next(args, None) != "job":
                 raise UsageError("--cfg prints the configuration: write --cfg job")
             show = show or "config"
+        elif arg in ("-m", "--multirun"):
+            multirun = True
+        elif arg == "--config" or arg.startswith("--config="):
+            file = arg[9:] if "=" in arg else next(args, "")
+            if not file:
+                raise UsageError("--config takes a file, as in --config=runs/a/config.yaml")
         elif arg.startswith("-"):
-            raise UsageError(f"unknown option {arg}: the options are --help and --cfg job")
+            raise UsageError(
+                f"unknown option {arg}: the options are --help, --cfg job, -m, --config FILE"
+            )
         elif "=" not in arg:
             raise UsageError(f"{arg!a} is not key=value; --help lists the keys")
         else:
             overrides.append(arg)
-    return CommandLine(tuple(overrides), show)
+    if multirun and file:
+        raise UsageError("-m is for conf/, --config for one that is made: leave out one")
+    return CommandLine(tuple(overrides), show, multirun, file)
+
+
+def read(cls: type[T], config_dir: str | Path, job_name: str, command: CommandLine) -> T:
+    """The configuration of one job, as its command line says.
+
+    Raises:
+        UsageError, ConfigError: as `compose` and `load`; what is for a sweep, without `-m`.
+    """
+    if command.file:
+        return load(cls, command.file, command.overrides)
+    return compose(cls, config_dir, job_name, command.overrides, single=True)
 
 
 def compose(
-    cls: type[T], config_dir: str | Path, job_name: str, overrides: Sequence[str] = ()
+    cls: type[T],
+    config_dir: str | Path,
+    job_name: str,
+    overrides: Sequence[str] = (),
+    *,
+    single: bool = False,
 ) -> T:
     """The configuration of a job from `config_dir` and command-line overrides.
 
@@ -117,21 +155,55 @@ def compose(
         config_dir: the conf/ directory.
         job_name: the root file in it, without `.yaml` ("generate").
         overrides: `key=value` or `group=file` texts.
+        single: not a point of a sweep: refuse what only a sweep heeds.
 
     Raises:
-        UsageError: an override that cannot be read as one.
+        UsageError: an override that cannot be read as one, or is for a sweep.
         ConfigError: an unknown key or group file, a wrong value, `_target_`, a file that is not
             plain YAML.
     """
     root = Path(config_dir).resolve()
-    texts = [_checked_override(text, root, cls) for text in overrides]
+    texts = [checked_override(text, root, cls) for text in overrides]
     try:
         with initialize_config_dir(str(root), version_base="1.3"):
-            composed = hydra_compose(job_name, texts)
+            composed = hydra_compose(job_name, texts, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"conf: {' '.join(str(error).split())}") from error
+    with open_dict(composed):
+        swept = OmegaConf.select(composed.pop("hydra"), "sweeper.params")
+    if single and (swept or any(text.lstrip("+").startswith("sweep.") for text in texts)):
+        raise UsageError("this is a sweep, of several runs: give -m")
     if resume := composed.get("resume"):
         _go_on_with(composed, Path(str(resume)) / SAVED, texts)
+    return _checked(cls, composed)
+
+
+def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """A configuration that `to_yaml` has written; conf/ has no part in it.
+
+    Args:
+        overrides: `key=value` texts; groups are not known here.
+
+    Raises:
+        UsageError, ConfigError: as `compose`, or the file cannot be read.
+    """
+    try:
+        saved = yaml.safe_load(Path(path).read_text())
+        composed = OmegaConf.create(saved)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config: {path} cannot be read: {reason}") from None
+    if not isinstance(composed, DictConfig):
+        raise ConfigError(f"--config: {path} is not a configuration")
+    parser = OverridesParser.create()
+    for text in overrides:
+        override = parser.parse_override(checked_override(text, None, cls))
+        OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+    return _checked(cls, composed)
+
+
+def _checked(cls: type[T], composed: DictConfig) -> T:
+    """The dataclasses of what is composed."""
     raw = OmegaConf.to_container(composed, resolve=False)
     for key in _leaf_keys(raw):
         _refuse_target(key)
@@ -215,7 +287,10 @@ def help_text(cls: type[JobConfig], config_dir: str | Path) -> str:
         shown = "required" if default is MISSING else "null" if default is None else default
         choices = "|".join(map(str, item.metadata["choices"])) or describe(kind)
         lines.append(f"  {key} ({choices}; {shown})\n      {item.metadata['help']}")
-    lines.append("\nOptions: --help, --cfg job (print the configuration and end)")
+    lines.append(
+        "\nOptions: --help; --cfg job (print the configuration and end); -m (a sweep: key=a,b is a "
+        "point for each value)"
+    )
     return "\n".join(lines)
 
 
@@ -223,8 +298,18 @@ def _options(group: Path) -> list[str]:
     return sorted(p.stem for p in group.glob("*.yaml"))
 
 
-def _checked_override(text: str, root: Path, cls: type[JobConfig]) -> str:
-    """The override as Hydra is to get it, or the reason why it cannot be meant."""
+def checked_override(
+    text: str, root: Path | None, cls: type[JobConfig], *, multirun: bool = False
+) -> str:
+    """The override as Hydra is to get it, or the reason why it cannot be meant.
+
+    Args:
+        root: the conf/ directory; None where there are no groups.
+        multirun: it may have several values.
+
+    Raises:
+        UsageError, ConfigError: as `compose`.
+    """
     try:
         override: Override = OverridesParser.create().parse_override(text)
         sweep = override.is_sweep_override()
@@ -237,24 +322,35 @@ def _checked_override(text: str, root: Path, cls: type[JobConfig]) -> str:
     key = override.key_or_group
     if override.is_delete() or override.package is not None:
         raise UsageError(f"override {text!a}: only key=value and group=file are understood")
-    if sweep:
-        raise UsageError(f"override {text!a} has several values; a list is written {key}=[a,b]")
+    if sweep and not multirun:
+        raise UsageError(
+            f"override {text!a} has several values; a list is written {key}=[a,b], and a sweep "
+            "over them is started with -m"
+        )
     _refuse_target(key)
     if not key:
         raise UsageError(f"override {text!a} has no key; --help lists them")
-    if (root / key).is_dir() and "/" not in key:
+    if root is not None and (root / key).is_dir() and "/" not in key:
         options = _options(root / key)
-        if override.value() not in [*options, None]:
-            raise ConfigError(
-                f"conf/{key} has no {override.get_value_element_as_str()}; there are: "
-                f"{', '.join(options)}"
-            )
+        for value in _values(override):
+            if value not in [*options, None]:
+                raise ConfigError(f"conf/{key} has no {value}; there are: {', '.join(options)}")
         return text.lstrip("+")
     valid = [k for k, _, _ in keys(cls)]
     if not any(k == key or k.startswith(f"{key}.") for k in valid):
         raise unknown_key(cls, key)
     # `++`: set it whether or not a file of conf/ does; the dataclass says what exists.
     return "++" + text.lstrip("+")
+
+
+def _values(override: Override) -> list[Any]:
+    """What is chosen of a group; in a sweep, several."""
+    if not override.is_sweep_override():
+        value = override.value()
+        return [value if value is None else str(value)]
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP or not override.is_discrete_sweep():
+        raise UsageError(f"override {override.input_line!a}: name the files, as in group=a,b")
+    return list(override.sweep_string_iterator())
 
 
 def _refuse_target(key: str) -> None:

@@ -26,13 +26,14 @@ import mlx.core as mx
 import hpcmlx
 from hpcmlx import comm, config, jaccl, log, orphans, redact
 from hpcmlx.comm import Communicator
-from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError
+from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError, UsageError
 from hpcmlx.files import write_atomic
 from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.observe.record import RunRecord
 from hpcmlx.rankhosts import describe_ranks
 from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir
+from hpcmlx.sweep.run import run_sweep
 from hpcmlx.versions import source_hash, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,12 +115,11 @@ def run_job(
     stop.listen()
     try:
         command = config.parse_command_line(sys.argv[1:] if argv is None else argv)
-        overrides = list(command.overrides)
         code = None if comm.launched_by_mpi() else _without_mpi(name, schema, command)
         if code is None:
             world = comm.init()
             orphans.watch_parent()
-            code = _run(name, schema, main, overrides, world, stop, record)
+            code = _run(name, schema, main, command, world, stop, record)
     except BaseException as error:  # noqa: BLE001  whatever ends one rank must end them all
         _fail(error, world, record)
     comm.finalize(code)
@@ -127,27 +127,30 @@ def run_job(
 
 def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | None:
     """What a process that mpirun did not start does itself: print help or the configuration, or
-    start mpirun (`launch=mpirun`), submit (`launch=slurm`). Its exit code; None where it is the
-    job's only rank."""
+    start mpirun (`launch=mpirun`), submit (`launch=slurm`), a sweep (`-m`). Its exit code; None
+    where it is the job's only rank."""
     if command.show == "help":
         print(config.help_text(schema, CONF))
         return ExitCode.OK
-    settings = config.compose(schema, CONF, name, command.overrides)
+    if command.multirun:
+        return run_sweep(name, sys.argv[0], schema, CONF, command)
+    settings = config.read(schema, CONF, name, command)
     redact.hide(redact.secrets(config.to_dict(settings), settings.unresolved))
     if command.show == "config":
         print(config.to_yaml(settings), end="")
         return ExitCode.OK
     if settings.launch.kind == "none":
         return None
+    orphans.watch_sweep()
     start = submit.submit if settings.launch.kind == "slurm" else mpirun.relaunch
-    return start(name, sys.argv[0], command.overrides, settings)
+    return start(name, sys.argv[0], command.arguments, settings)
 
 
 def _run(
     name: str,
     schema: type,
     main: Callable[[Job], ExitCode | None],
-    overrides: Sequence[str],
+    command: config.CommandLine,
     world: Communicator,
     stop: StopSignal,
     record: RunRecord,
@@ -157,7 +160,7 @@ def _run(
         raise ConfigError(hpcmlx.BLAS.problem)
     # Before the configuration: another version may not be able to read this one's.
     check_peers(world.allgather(_this_peer()))
-    settings, run_dir, launch = _settings(name, schema, overrides, world)
+    settings, run_dir, launch = _settings(name, schema, command, world)
     check_peers(world.allgather(_this_peer(settings)))
     parallel = settings.parallel
     mesh = Mesh(ParallelDims(parallel.dp, parallel.pp, parallel.tp), world)
@@ -191,13 +194,15 @@ def _run(
 
 
 def _settings(
-    name: str, schema: type, overrides: Sequence[str], world: Communicator
+    name: str, schema: type, command: config.CommandLine, world: Communicator
 ) -> tuple[Any, Path, str]:
     """The configuration, the run directory and this launch's token: rank 0 decides, the others are
     told."""
     message: dict[str, Any] = {}
     if world.rank == 0:
-        settings = config.compose(schema, CONF, name, list(overrides))
+        if command.multirun:
+            raise UsageError("-m starts a job for every point itself: leave out mpirun")
+        settings = config.read(schema, CONF, name, command)
         dims = ParallelDims(settings.parallel.dp, settings.parallel.pp, settings.parallel.tp)
         dims.check_world(world.size)
         run_dir = open_run_dir(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -21,6 +22,8 @@ from hpcmlx.errors import ExitCode
 
 #: The file that a launcher keeps locked as long as it lives.
 LIFELINE_ENV = "HPCMLX_LIFELINE"
+#: Likewise, of a sweep: its launchers watch it.
+SWEEP_ENV = "HPCMLX_SWEEP_LIFELINE"
 # What mpirun and srun tell a process that they start as a rank.
 _STARTED_AS_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
@@ -76,6 +79,23 @@ def watch_parent(on_loss: Callable[[str], object] = end_rank, seconds: float = 1
             time.sleep(seconds)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def watch_sweep(seconds: float = 1.0) -> None:
+    """End this launcher, as a user would, once the sweep that has started it is gone.
+
+    A process that no sweep has started is not watched.
+    """
+    held = _open_lifeline(os.environ.get(SWEEP_ENV))
+    if held is None:
+        return
+
+    def watch() -> None:
+        while not _is_free(held):
+            time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch-sweep", daemon=True).start()
 
 
 def _open_lifeline(path: str | None) -> int | None:

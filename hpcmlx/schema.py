@@ -66,9 +66,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def config_hash(cfg: Any) -> str:
-    """SHA-256 of what decides the results: everything but `run_dir` and `launch`."""
+    """SHA-256 of what decides the results: everything but `run_dir`, `launch` and `sweep`."""
     values = to_dict(cfg)
-    for key in ("run_dir", "resume", "launch", "unresolved"):
+    for key in ("run_dir", "resume", "launch", "sweep", "unresolved"):
         values.pop(key, None)
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -12,7 +12,8 @@ from hpcmlx.errors import ConfigError
 from hpcmlx.schema import as_written, setting
 
 # Keys of every job that name a file or directory.
-_PATH_KEYS = ("model.path", "model.adapter", "run_dir", "launch.hostfile", "launch.hosts")
+_PATH_KEYS = ("model.path", "model.adapter", "run_dir")
+_PATH_KEYS += ("launch.hostfile", "launch.hosts", "sweep.dir")
 # Keys of `launch` that are for the mpirun which a job starts itself.
 OF_MPIRUN = ("interface", "bind", "yield_when_idle", "export")
 
@@ -235,6 +236,31 @@ class CommConfig:
 
 
 @dataclass(kw_only=True)
+class SweepConfig:
+    """-m: several points, each a job of its own."""
+
+    dir: str | None = setting(
+        "directory of the sweep; one that is there is gone on with; null: a new one under sweeps/",
+        None,
+    )
+    max_parallel: int | None = setting(
+        "points at once, at most; null: what fits the hosts; for a search 1", None, low=1
+    )
+    metric: str | None = setting(
+        "number of summary.json that is shown and searched for, as in this_launch.tokens_per_sec; "
+        "null: the job's own",
+        None,
+    )
+    direction: str | None = setting(
+        "hydra/sweeper=optuna: which metric is better; null: as the job's own metric is",
+        None,
+        choices=("minimize", "maximize"),
+    )
+    trials: int = setting("hydra/sweeper=optuna: points that are to be completed", 20, low=1)
+    seed: int = setting("hydra/sweeper=optuna: of the search", 0, low=0)
+
+
+@dataclass(kw_only=True)
 class JobConfig:
     """What every job has."""
 
@@ -242,6 +268,7 @@ class JobConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     run_dir: str | None = setting("directory of the results; null: a new one under runs/", None)
     #: Whether a job goes on with what an earlier launch has left in its run directory.
     RESUMABLE: ClassVar[bool] = False
@@ -250,6 +277,11 @@ class JobConfig:
 
     #: Further keys that name a file or directory.
     PATH_KEYS: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def metric(self) -> tuple[str, str]:
+        """What a run is judged by: (number of its summary.json, "minimize" or "maximize")."""
+        return "seconds", "minimize"
 
     @property
     def directory(self) -> str | None:
@@ -330,6 +362,10 @@ class GenerateConfig(JobConfig):
     RESUMABLE: ClassVar[bool] = True
     PATH_KEYS: ClassVar[tuple[str, ...]] = ("input", "resume")
 
+    @property
+    def metric(self) -> tuple[str, str]:
+        return "this_launch.tokens_per_sec", "maximize"
+
     def check(self) -> None:
         super().check()
         if "" in self.sampling.stop:
@@ -348,6 +384,11 @@ class EvaluateConfig(JobConfig):
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     evaluate: ScoringConfig = field(default_factory=ScoringConfig)
     PATH_KEYS: ClassVar[tuple[str, ...]] = ("input", "evaluate.task_path")
+
+    @property
+    def metric(self) -> tuple[str, str]:
+        choices = self.evaluate.kind == "choices"
+        return ("accuracy", "maximize") if choices else ("perplexity", "minimize")
 
     def check(self) -> None:
         super().check()

@@ -138,6 +138,10 @@ class FinetuneConfig(JobConfig):
     PATH_KEYS: ClassVar[tuple[str, ...]] = ("resume", "data.cache")
 
     @property
+    def metric(self) -> tuple[str, str]:
+        return "best_loss", "minimize"
+
+    @property
     def num_chunks(self) -> int:
         """Pipeline stages that each rank holds."""
         return self.train.num_chunks

@@ -175,7 +175,11 @@ def test_command_line():
     assert parse(["a=1", "b=2"]).overrides == ("a=1", "b=2")
     assert parse(["a=1", "-h"]).show == "help"
     assert parse(["--cfg", "job", "a=1"]) == config.CommandLine(("a=1",), "config")
-    for wrong in (["-m", "a=1"], ["--cfg"], ["a"]):
+    assert parse(["-m", "a=1,2"]) == config.CommandLine(("a=1,2",), multirun=True)
+    saved = parse(["--config", "a.yaml", "b=1"])
+    assert (saved.file, saved.arguments) == ("a.yaml", ("--config=a.yaml", "b=1"))
+    assert parse(list(saved.arguments)) == saved
+    for wrong in (["-x", "a=1"], ["--cfg"], ["a"], ["--config"], ["--config=a", "-m"]):
         with pytest.raises(UsageError):
             parse(wrong)
 

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
 LAYERS = ["blas", "errors", "extras", "faults", "files", "versions", "rundir", "redact", "record"]
 LAYERS += ["log", "orphans", "units", "schema", "settings", "settings_finetune", "config"]
-LAYERS += ["launch", "probes", "comm", "agree", "rankhosts", "jaccl"]
+LAYERS += ["launch", "probes", "sweep", "comm", "agree", "rankhosts", "jaccl"]
 LAYERS += ["mesh", "parallel"]
 LAYERS += ["models", "observe", "inference", "training", "bench", "doctor", "job"]
 PURE = {"errors", "extras", "faults", "files", "rundir", "log", "orphans", "schema", "config"}
-PURE |= {"settings", "settings_finetune", "launch", "probes", "units", "versions"}
+PURE |= {"settings", "settings_finetune", "launch", "probes", "sweep", "units", "versions"}
 PURE |= {"redact", "record"}
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 MODULES = [p for p in MODULES if p != Path("hpcmlx/__init__.py")]

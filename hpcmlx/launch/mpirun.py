@@ -243,7 +243,7 @@ def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfi
             f"{layout} needs {num_ranks} ranks but {hostfile} has {slots} slots: add some"
         )
     here, launch = _names_of_this_host(), settings.launch
-    options = choose_options(launch, num_ranks, hosts, here, _num_cores(), os.environ)
+    options = choose_options(launch, num_ranks, hosts, here, num_cores(), os.environ)
     if not Path(script).is_file():
         raise ConfigError(f"launch=mpirun starts a script again, and {script!a} is not a file")
 
@@ -295,7 +295,7 @@ def _names_of_this_host() -> set[str]:
     return {"localhost", "127.0.0.1", name, name.partition(".")[0]}
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Physical cores this process may use, which is what mpirun counts as slots."""
     if sys.platform != "linux":
         return os.cpu_count() or 1

@@ -94,8 +94,7 @@ def submit(job: str, script: str, overrides: Sequence[str], settings: JobConfig)
     nodes, per_node = shape(num_ranks, options)
     if not Path(script).is_file():
         raise ConfigError(f"launch=slurm starts a script again, and {script!a} is not a file")
-    if shutil.which("sbatch") is None:
-        raise UsageError("launch=slurm: no sbatch in PATH; it is for a login node of a cluster")
+    require_sbatch()
 
     resume = getattr(settings, "resume", None)
     layout = f"dp{parallel.dp}_pp{parallel.pp}_tp{parallel.tp}"
@@ -121,7 +120,7 @@ def submit(job: str, script: str, overrides: Sequence[str], settings: JobConfig)
             )
         )
         write_atomic(make_run_dir(folder) / SCRIPT, text.encode())
-        job_id = _sbatch(folder / SCRIPT)
+        job_id = sbatch(folder / SCRIPT)
     except BaseException:
         _give_back(run_dir, folder)
         raise
@@ -145,6 +144,15 @@ def submit(job: str, script: str, overrides: Sequence[str], settings: JobConfig)
         record.note_death(run_dir.path, run_dir.token, exit)
         print(f"hpcmlx: job {job_id} is not complete: {state}", file=sys.stderr)
     return code
+
+
+def require_sbatch() -> None:
+    """
+    Raises:
+        UsageError: there is no Slurm here.
+    """
+    if shutil.which("sbatch") is None:
+        raise UsageError("launch=slurm: no sbatch in PATH; it is for a login node of a cluster")
 
 
 def follow(
@@ -208,12 +216,12 @@ def job_state(job_id: str) -> JobState | None:
     Returns:
         None where neither answers; a state FORGOTTEN where neither knows the job.
     """
-    code, text = _answer("scontrol", "--oneliner", "show", "job", job_id)
+    code, text = answer("scontrol", "--oneliner", "show", "job", job_id)
     if code == 0:
         return parse_scontrol(text)
     forgotten = "Invalid job id" in text
     # -D: a requeued job has a line for each start.
-    code, text = _answer("sacct", "-n", "-X", "-P", "-D", "-o", "State,ExitCode", "-j", job_id)
+    code, text = answer("sacct", "-n", "-X", "-P", "-D", "-o", "State,ExitCode", "-j", job_id)
     state = parse_sacct(text) if code == 0 else None
     return state or (JobState("FORGOTTEN") if forgotten else None)
 
@@ -240,7 +248,7 @@ def _codes(text: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def _answer(*words: str) -> tuple[int, str]:
+def answer(*words: str) -> tuple[int, str]:
     """The exit code of a command of Slurm's and all that it prints; -1 where it does not end."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
@@ -249,8 +257,12 @@ def _answer(*words: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def _sbatch(script: Path) -> str:
-    """Submit a script; the id of its job."""
+def sbatch(script: Path) -> str:
+    """Submit a script; the id of its job.
+
+    Raises:
+        ConfigError: Slurm refuses it.
+    """
     words = ["sbatch", "--parsable", str(script)]
     env = batch_environment(os.environ)
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
