@@ -213,10 +213,13 @@ def test_every_group_file_composes(path):
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_opens_with_its_command(path):
     command = path.read_text().splitlines()[1]
-    match = re.fullmatch(r"# (mpirun -n (\d+) .*)?python jobs/(\w+)\.py (.*)", command)
+    match = re.fullmatch(r"# (mpirun -n (\d+) .*)?python jobs/(\w+)\.py (-m )?(.*)", command)
     assert match, command
-    job, overrides = match[3], shlex.split(match[4])
+    job, overrides = match[3], shlex.split(match[5])
     assert f"experiment={path.stem}" in overrides
+    swept = yaml.safe_load(path.read_text()).get("hydra", {}).get("sweeper", {}).get("params", {})
+    assert bool(swept) == bool(match[4])
+    overrides += [f"{key}={str(values).split(',')[0]}" for key, values in swept.items()]
     cfg = config.compose(JOBS[job], CONF, job, overrides)
     ranks = cfg.parallel.dp * cfg.parallel.pp * cfg.parallel.tp
     assert (int(match[2]) if match[2] else ranks) == ranks

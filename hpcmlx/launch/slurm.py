@@ -140,7 +140,9 @@ def render(batch: Batch) -> str:
     again = batch.job in SAVED and batch.options.max_requeues > 0
     usage = "".join(f"# {line}".rstrip() + "\n" for line in batch.usage.splitlines())
     header = "".join(f"#SBATCH {line}\n" for line in _header(batch, again))
-    numbers = {**_CODES, "most": batch.options.max_requeues}
+    # One task of an array has the id of the whole array, too, and would requeue all of them.
+    own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if batch.array else "$SLURM_JOB_ID"
+    numbers = {**_CODES, "most": batch.options.max_requeues, "own": own}
     start = _START.format(
         directory=_quoted(batch.directory),
         run_dir=_quoted(batch.run_dir),
@@ -221,7 +223,7 @@ elif [ "$starts" -ge {most} ]; then
     echo "hpcmlx: ended with $code after $starts requeues: no more (launch.slurm.max_requeues)" >&2
 else
     echo "hpcmlx: ended with $code: requeued, to go on with what is saved" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "{own}"
 fi
 exit "$code"
 """

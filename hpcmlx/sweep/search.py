@@ -79,7 +79,9 @@ def run(arguments: Sequence[str], sweep: Sweep, options: Search, launch: Run) ->
     while left > 0:
         trials = [study.ask(space) for _ in range(min(options.at_once, left))]
         left -= len(trials)
-        points = [[*fixed, *(f"{heads[k]}={v!s}" for k, v in t.params.items())] for t in trials]
+        points = [
+            [*fixed, *(f"{heads[k]}={_text(v)}" for k, v in t.params.items())] for t in trials
+        ]
         for trial, value in zip(trials, launch(points), strict=True):
             _tell(study, trial, value)
 
@@ -141,9 +143,16 @@ def _value(kind: BaseDistribution, text: str) -> Any:
     try:
         if isinstance(kind, IntDistribution):
             return int(text)
-        return float(text) if isinstance(kind, FloatDistribution) else text
+        if isinstance(kind, FloatDistribution):
+            return min(max(float(text), kind.low), kind.high)  # it was rounded
+        return text
     except ValueError:
         return float("nan")
+
+
+def _text(value: Any) -> str:
+    """Four digits, which tell more than any search does, and fit into names."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _key(override: Override) -> str:

@@ -29,6 +29,15 @@ def rows(sweep: Sweep, points: Sequence[Point]) -> list[list[str]]:
     return found
 
 
+def best_point(sweep: Sweep, points: Sequence[Point]) -> Point | None:
+    """Of the points with a metric the one where it is best; None of fewer than two."""
+    known = [(metric(sweep.run_dir(p), sweep.metric), p) for p in points]
+    values = [(value, p) for value, p in known if value is not None]
+    values = [(value, p) for value, p in values if completion(sweep.run_dir(p)) and value == value]
+    sign = -1 if sweep.direction == "maximize" else 1
+    return min(values, key=lambda pair: sign * pair[0])[1] if len(values) > 1 else None
+
+
 def show(sweep: Sweep, points: Sequence[Point], out: TextIO) -> None:
     """Print the table; of a point that is not complete also why."""
     table = Table(box=None, pad_edge=False)
@@ -41,6 +50,8 @@ def show(sweep: Sweep, points: Sequence[Point], out: TextIO) -> None:
         table.add_row(*row)
     console = Console(file=out, markup=False, highlight=False, width=None if out.isatty() else 160)
     console.print(table)
+    if best := best_point(sweep, points):
+        console.print(f"best: {best.name}")
     for point in points:
         if point.reason and not completion(sweep.run_dir(point)):
             console.print(f"{point.name}: {point.reason}", soft_wrap=True)
