@@ -12,8 +12,8 @@ from hpcmlx.errors import ConfigError
 from hpcmlx.schema import as_written, setting
 
 # Keys of every job that name a file or directory.
-_PATH_KEYS = ("model.path", "model.adapter", "run_dir")
-_PATH_KEYS += ("launch.hostfile", "launch.hosts", "sweep.dir")
+_PATH_KEYS = ["model.path", "model.adapter", "run_dir", "launch.hostfile", "launch.hosts"]
+_PATH_KEYS += ["sweep.dir"]
 # Keys of `launch` that are for the mpirun which a job starts itself.
 OF_MPIRUN = ("interface", "bind", "yield_when_idle", "export")
 

@@ -127,7 +127,8 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def point_name(overrides: Mapping[str, str]) -> str:
-    """A name for files and directories: `temperature=0.7,pp=2`.
+    """A name for files and directories: `temperature=0.7__pp=2`. No commas, which mpirun takes for
+    the end of a host file's name.
 
     Of a key its last word, where no other key has the same. What could not stand in a file's name
     is replaced; then, and where the name is too long, a hash tells it from its like.
@@ -139,7 +140,7 @@ def point_name(overrides: Mapping[str, str]) -> str:
         plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", value.strip("'\"")).strip("-")
         lossy = lossy or plain != value
         parts.append(f"{short if last.count(short) == 1 else key}={plain}")
-    name = ",".join(parts)
+    name = "__".join(parts)
     return _with_hash(name, overrides) if lossy or len(name) > _LONGEST else name
 
 

@@ -278,10 +278,14 @@ class _Running:
                 number += 1
             run_dir.rename(aside)
         ours = ("run_dir", "launch", "sweep")
+        launch = replace(settings.launch, kind="mpirun", hostfile=hostfile)
+        if launch.hosts is None and hostfile is not None:
+            beside = Path(f"{settings.launch.hostfile}.yaml")
+            launch.hosts = str(beside) if beside.exists() else None
         settings = replace(
             settings,
             run_dir=str(run_dir),
-            launch=replace(settings.launch, kind="mpirun", hostfile=hostfile),
+            launch=launch,
             unresolved={
                 key: text
                 for key, text in settings.unresolved.items()

@@ -65,4 +65,10 @@ class Slots:
     def hostfile(self, taken: Mapping[int, int]) -> str:
         """The host file of a point."""
         hosts = [replace(self._hosts[i], slots=count) for i, count in taken.items()]
-        return "".join(f"{host.name} slots={host.slots}\n" for host in hosts or self._hosts)
+        return "".join(map(_line, hosts or self._hosts))
+
+
+def _line(host: Host) -> str:
+    """A line of a host file, with what its comment says of the host."""
+    slots = "" if host.slots is None else f" slots={host.slots}"
+    return f"{host.name}{slots}{f'  #{host.comment}' if host.comment else ''}\n"
