@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from hpcmlx import config
+from hpcmlx import config, redact
 from hpcmlx.config import CommandLine, JobConfig, config_hash, to_yaml
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError, OutputError, UsageError
 from hpcmlx.files import write_atomic
@@ -117,6 +117,7 @@ class _Running:
         self._settings: dict[str, JobConfig] = {}
         self._asked: list[Point] = []  # by this launch
         self._signal = 0
+        self._secrets: dict[str, str] = {}
         self._showing = False
         launch = first.launch
         self._only_submits = launch.kind == "slurm" and not launch.slurm.follow
@@ -221,6 +222,8 @@ class _Running:
                 point = self.record.add(values, "")
                 point.exit_code, point.reason = int(error.exit_code), str(error)
             else:
+                self._secrets |= redact.secrets(config.to_dict(settings), settings.unresolved)
+                redact.hide(self._secrets)
                 point = self.record.add(values, config_hash(settings))
                 self._settings[point.name] = settings
                 if self._showing:
