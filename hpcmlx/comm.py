@@ -3,7 +3,7 @@
 `init` brings both up in the one order that works (MLX calls MPI_Init, mpi4py attaches) and gives a
 `Communicator`; without mpirun it gives one of size 1 that needs no MPI. Collectives inside a
 lazy graph (`all_sum`, `all_gather`) go through MLX, everything else through mpi4py on evaluated
-buffers.
+buffers. Every operation is recorded in this process's flight recorder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 
+from hpcmlx import faults
 from hpcmlx.errors import UsageError
+from hpcmlx.flight import CODES, Group, recorder
 
 # mx dtypes that NumPy has no buffer for travel as integers of the same width.
 _WIRE = {mx.bfloat16: mx.uint16}
@@ -37,26 +39,47 @@ _NUMPY = {
     mx.bool_: np.bool_,
 }
 
+_SEND, _RECV = CODES["send"], CODES["recv"]
+_ALONE = Group("alone", (0,), 255)
+
 _world: Communicator | None = None
 
 
 class Pending:
     """A message under way. Keep it until `wait`: it owns the buffer."""
 
-    def __init__(self, request: Any, buffer: np.ndarray, dtype: mx.Dtype | None = None):
+    def __init__(
+        self, request: Any, buffer: np.ndarray, record: int, dtype: mx.Dtype | None = None
+    ):
+        """
+        Args:
+            record: its index in the flight recorder.
+        """
         self._request, self._buffer, self._dtype = request, buffer, dtype
+        self._record: int | None = record
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-        return bool(self._request.Test())
+        if not self._request.Test():
+            return False
+        self._ended()
+        return True
 
     def wait(self) -> mx.array | None:
         """Block until the transfer is complete; the array for a receive, None for a send."""
+        if self._record is not None:
+            recorder.wait(self._record)
         self._request.Wait()
+        self._ended()
         if self._dtype is None:
             return None
         array = mx.array(self._buffer)
         return array.view(self._dtype) if self._dtype in _WIRE else array
+
+    def _ended(self) -> None:
+        if self._record is not None:
+            recorder.end(self._record)
+            self._record = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +95,23 @@ class Communicator:
     size: int = 1
     _mpi: Any = None
     _group: Any = None
+    _flight: Group = _ALONE
 
     # -- inside MLX's lazy graph (tensor parallel) --
 
     def all_sum(self, x: mx.array) -> mx.array:
         """Sum of `x` over the ranks, in the graph. Its gradient is the identity."""
-        return x if self.size == 1 else mx.distributed.all_sum(x, group=self._graph_group())
+        if self.size == 1 or faults.skips():
+            return x
+        recorder.plan(CODES["all_sum"], self._flight, x.nbytes)
+        return mx.distributed.all_sum(x, group=self._graph_group())
 
     def all_gather(self, x: mx.array) -> mx.array:
         """`x` of every rank concatenated along axis 0, in rank order, in the graph."""
-        return x if self.size == 1 else mx.distributed.all_gather(x, group=self._graph_group())
+        if self.size == 1:
+            return x
+        recorder.plan(CODES["all_gather"], self._flight, x.nbytes)
+        return mx.distributed.all_gather(x, group=self._graph_group())
 
     def with_graph(self, group: Any) -> Communicator:
         """The same ranks, with another group of MLX's for what happens inside the graph."""
@@ -99,12 +129,17 @@ class Communicator:
         wire = array.view(_WIRE[array.dtype]) if array.dtype in _WIRE else array
         mx.eval(wire)
         buffer = np.ascontiguousarray(np.array(wire, copy=False))
-        return Pending(self._mpi.Isend(buffer, dest, tag), buffer)
+        self._flight.sent[dest] += 1
+        record = recorder.begin(
+            _SEND, self._flight, self._flight.sent[dest], dest, buffer.nbytes, False
+        )
+        return Pending(self._mpi.Isend(buffer, dest, tag), buffer, record)
 
     def irecv(self, shape: Sequence[int], dtype: mx.Dtype, source: int, tag: int) -> Pending:
         """Start receiving an array of `shape` and `dtype` from rank `source` of this group."""
         buffer = np.empty(tuple(shape), _NUMPY[_WIRE.get(dtype, dtype)])
-        return Pending(self._mpi.Irecv(buffer, source, tag), buffer, dtype)
+        record = self._receives(source, buffer.nbytes)
+        return Pending(self._mpi.Irecv(buffer, source, tag), buffer, record, dtype)
 
     def irecv_into(self, array: mx.array, source: int, tag: int) -> Pending:
         """Start receiving into the memory of `array`, which is evaluated and which a lazy graph may
@@ -112,7 +147,14 @@ class Communicator:
         wire = array.view(_WIRE[array.dtype]) if array.dtype in _WIRE else array
         mx.eval(wire)
         buffer = np.array(wire, copy=False)
-        return Pending(self._mpi.Irecv(buffer, source, tag), buffer)
+        record = self._receives(source, buffer.nbytes)
+        return Pending(self._mpi.Irecv(buffer, source, tag), buffer, record)
+
+    def _receives(self, source: int, nbytes: int) -> int:
+        self._flight.received[source] += 1
+        return recorder.begin(
+            _RECV, self._flight, self._flight.received[source], source, nbytes, False
+        )
 
     def sum_arrays(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """The sums over the ranks of float32 arrays, in one message. Evaluates them. Collective.
@@ -123,65 +165,97 @@ class Communicator:
             return list(arrays)
         mx.eval(arrays)
         flat = np.concatenate([np.array(a, copy=False).reshape(-1) for a in arrays])
+        record = recorder.collective(CODES["sum_arrays"], self._flight, flat.nbytes)
         self._mpi.Allreduce(_in_place(), flat)
+        recorder.end(record)
         return _apart(flat, arrays)
 
     def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
         """The sums over the ranks, in float64. Collective."""
         total = np.array(numbers, np.float64)
-        if self.size > 1:
+        if self.size > 1 and not faults.skips():
+            record = recorder.collective(CODES["sum_numbers"], self._flight, total.nbytes)
             self._mpi.Allreduce(_in_place(), total)
+            recorder.end(record)
         return [float(x) for x in total]
 
     def ibcast(self, buffer: np.ndarray, root: int) -> Pending:
         """Start filling `buffer`, as long on every rank, with that of rank `root`. Collective."""
-        return Pending(self._mpi.Ibcast(buffer, root), buffer)
+        record = self._starts("ibcast", buffer.nbytes)
+        return Pending(self._mpi.Ibcast(buffer, root), buffer, record)
 
     def imax_into(self, buffer: np.ndarray) -> Pending:
         """Start replacing every number of `buffer` by the largest of all ranks. Collective."""
         from mpi4py import MPI
 
-        return Pending(self._mpi.Iallreduce(MPI.IN_PLACE, buffer, MPI.MAX), buffer)
+        record = self._starts("imax", buffer.nbytes)
+        return Pending(self._mpi.Iallreduce(MPI.IN_PLACE, buffer, MPI.MAX), buffer, record)
+
+    def _starts(self, op: str, nbytes: int) -> int:
+        group = self._flight
+        group.collectives += 1
+        return recorder.begin(CODES[op], group, group.collectives, -1, nbytes, False)
 
     # -- control: Python objects and barriers --
 
     def bcast(self, value: Any, root: int = 0) -> Any:
-        return value if self.size == 1 else self._mpi.bcast(value, root)
+        return value if self.size == 1 else self._recorded("bcast", self._mpi.bcast, value, root)
 
     def gather(self, value: Any, root: int = 0) -> list | None:
-        return [value] if self.size == 1 else self._mpi.gather(value, root)
+        if self.size == 1:
+            return [value]
+        return self._recorded("gather", self._mpi.gather, value, root)
 
     def allgather(self, value: Any) -> list:
-        return [value] if self.size == 1 else self._mpi.allgather(value)
+        return (
+            [value] if self.size == 1 else self._recorded("allgather", self._mpi.allgather, value)
+        )
 
     def barrier(self) -> None:
-        if self.size > 1:
-            self._mpi.Barrier()
+        if self.size > 1 and not faults.skips():
+            self._recorded("barrier", self._mpi.Barrier)
 
-    def split(self, color: int, key: int, graph: bool = False) -> Communicator:
+    def _recorded(self, op: str, call: Callable[..., Any], *args: Any) -> Any:
+        record = recorder.collective(CODES[op], self._flight)
+        result = call(*args)
+        recorder.end(record)
+        return result
+
+    def split(self, color: int, key: int, graph: bool = False, name: str = "part") -> Communicator:
         """Groups of the ranks that give the same `color`, ordered by `key`. Collective.
 
         Args:
             graph: also make the MLX group that `all_sum` and `all_gather` need. Either every
                 rank of this communicator asks for it or none does.
+            name: of the groups, for reports.
         """
         if self.size == 1:
             return Communicator()
+        record = recorder.collective(CODES["split"], self._flight)
         mpi = self._mpi.Split(color, key)
         group = self._group.split(color, key) if graph else None
+        members = [self._flight.members[self.rank]]
         if mpi.Get_size() > 1:
-            mpi.bcast(None)  # the first lowercase call duplicates the communicator: do it now
-        return Communicator(mpi.Get_rank(), mpi.Get_size(), mpi, group)
+            # Also because the first lowercase call duplicates the communicator: do it now.
+            members = mpi.allgather(members[0])
+        recorder.end(record)
+        flight = recorder.group(name, members)
+        return Communicator(mpi.Get_rank(), mpi.Get_size(), mpi, group, flight)
 
     def split_by_host(self) -> Communicator:
         """The ranks of this group that share this host's memory. Collective."""
         names = self.allgather(hostname())
-        return self.split(names.index(names[self.rank]), self.rank)
+        return self.split(names.index(names[self.rank]), self.rank, name="host")
 
-    def abort(self, code: int) -> NoReturn:
-        """End every rank of the job at once, with exit code `code`."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+    def abort(self, code: int, *, flush: bool = True) -> NoReturn:
+        """End every rank of the job at once, with exit code `code`.
+
+        Args:
+            flush: what was printed; False where another thread may hold the streams for ever.
+        """
+        if flush:
+            sys.stdout.flush()
+            sys.stderr.flush()
         if self._mpi is not None:
             self._mpi.Abort(code)
         os._exit(code)
@@ -208,6 +282,7 @@ class Counter:
 
     def __init__(self, group: Communicator):
         self._group, self._value, self._window = group, 0, None
+        self._calls = 0
         self._stop: threading.Event | None = None
         if group.size == 1:
             return
@@ -235,8 +310,11 @@ class Counter:
         from mpi4py import MPI
 
         added, before = np.array([count], np.int64), np.empty(1, np.int64)
+        self._calls += 1
+        record = recorder.begin(CODES["fetch_add"], self._group._flight, self._calls, 0, 8, True)
         self._window.Fetch_and_op(added, before, 0, 0, MPI.SUM)
         self._window.Flush(0)
+        recorder.end(record)
         return int(before[0])
 
     def close(self) -> None:
@@ -246,7 +324,9 @@ class Counter:
             self._group.barrier()
             if self._stop is not None:
                 self._stop.set()
+            record = recorder.collective(CODES["free"], self._group._flight)
             self._window.Free()
+            recorder.end(record)
             self._window = None
 
     @staticmethod
@@ -262,7 +342,7 @@ class Mailbox:
     """
 
     def __init__(self, group: Communicator):
-        self._rank, self._own = group.rank, []
+        self._rank, self._own, self._flight = group.rank, [], group._flight
         self._mpi = group._mpi.Dup() if group.size > 1 else None
         self._sends: list[Any] = []
 
@@ -291,6 +371,7 @@ class Mailbox:
         """Collect what is still under way: on rank 0 what `poll` would have given. Collective."""
         if self._mpi is None:
             return self.poll()
+        record = recorder.collective(CODES["close"], self._flight)
         for send in self._sends:
             send.Wait()
         everybody = self._mpi.Ibarrier()
@@ -298,7 +379,56 @@ class Mailbox:
         while not everybody.Test():
             arrived += self.poll()
             time.sleep(0.001)
+        recorder.end(record)
         return arrived + self.poll()
+
+
+class Wire:
+    """Messages of bytes between any ranks of a group, on a communicator of their own. Nothing here
+    waits for another rank, so a thread may use it beside whatever the others do.
+
+    Made by all ranks together; the messages from one rank to another arrive in order.
+    """
+
+    def __init__(self, group: Communicator):
+        self.rank, self.size = group.rank, group.size
+        self._mpi = group._mpi.Dup()
+        self._sends: list[tuple[int, Any, bytes]] = []
+
+    def under_way(self, dest: int) -> bool:
+        """Whether a message to `dest` has not left yet."""
+        self._sends = [send for send in self._sends if not send[1].Test()]
+        return any(to == dest for to, _, _ in self._sends)
+
+    def post(self, dest: int, data: bytes) -> None:
+        """Send `data` to rank `dest`; returns at once."""
+        self._sends.append((dest, self._mpi.Isend(data, dest), data))
+
+    def poll(self) -> list[tuple[int, bytes]]:
+        """The (rank, data) pairs that have arrived since the last call."""
+        from mpi4py import MPI
+
+        status, arrived = MPI.Status(), []
+        while self._mpi.Iprobe(status=status):
+            source, buffer = status.Get_source(), bytearray(status.Get_count(MPI.BYTE))
+            # Its head is here; a big one's rest comes only while its sender lives.
+            self._mpi.Recv(buffer, source)
+            arrived.append((source, bytes(buffer)))
+        return arrived
+
+
+def evaluate(*arrays: Any) -> None:
+    """`mx.eval` as an operation of the flight recorder: it runs what was planned in the graph."""
+    record = recorder.evaluation()
+    mx.eval(*arrays)
+    recorder.end(record)
+
+
+def start_evaluation(*arrays: Any) -> None:
+    """`mx.async_eval` likewise: it waits where too much is under way."""
+    record = recorder.evaluation()
+    mx.async_eval(*arrays)
+    recorder.end(record)
 
 
 def hostname() -> str:
@@ -377,7 +507,9 @@ def _init_mpi() -> Communicator:
     if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
         raise UsageError(f"{library} does not give MPI_THREAD_MULTIPLE; use another Open MPI")
     world.allreduce(0)  # the first lowercase call duplicates the communicator holding the GIL
-    return Communicator(world.Get_rank(), world.Get_size(), world, group)
+    recorder.rank, recorder.size = world.Get_rank(), world.Get_size()
+    flight = recorder.group("world", range(world.Get_size()))
+    return Communicator(world.Get_rank(), world.Get_size(), world, group, flight)
 
 
 def find_libmpi() -> str:

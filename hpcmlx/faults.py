@@ -1,7 +1,7 @@
 """Makes one rank fail at one step, so that tests can see what the job makes of it.
 
 `HPCMLX_FAULT="rank=1,step=3,kind=kill"` strikes world rank 1 when it starts its third decode step.
-The engine calls `strike` once per step; without the variable that is one look-up.
+The engine and the trainer call `strike` once per step; without the variable that is one look-up.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import time
 from hpcmlx.errors import ConfigError
 
 ENV = "HPCMLX_FAULT"
-KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv", "hang")
+KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv", "hang", "busy", "stop", "skip")
 #: What a step does to itself where it asks (`strikes`): a gradient that is no number, a bit of a
 #: parameter that flips.
 ASKED = ("nan", "flip")
+_SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
+_skip_next = False
 _SPEC = re.compile(rf"rank=(\d+),step=(\d+),kind=({'|'.join(KINDS + ASKED)})")
 
 
@@ -31,7 +33,8 @@ def strike(rank: int, step: int) -> None:
 
     Kinds: `exception` raises RuntimeError, `exit` and `exit0` call `sys.exit` with 3 and 0,
     `os_exit` ends the process with 1 past every handler, `kill` and `segv` send it the signal,
-    `hang` sleeps for ever.
+    `hang` sleeps for ever, `busy` computes for ever in Python, `stop` is SIGSTOP, `skip` leaves the
+    next collective out.
 
     Raises:
         ConfigError: the variable is not `rank=R,step=N,kind=KIND`.
@@ -47,10 +50,23 @@ def strike(rank: int, step: int) -> None:
         sys.exit(3 if kind == "exit" else 0)
     if kind == "os_exit":
         os._exit(1)
-    if kind in ("kill", "segv"):
-        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSEGV)
+    if kind in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[kind])
+        return  # a stopped process may be told to go on
+    if kind == "skip":
+        global _skip_next
+        _skip_next = True
+        return
     while True:
-        time.sleep(60)
+        if kind == "hang":
+            time.sleep(60)
+
+
+def skips() -> bool:
+    """Whether the collective that asks is the one to be left out."""
+    global _skip_next
+    due, _skip_next = _skip_next, False
+    return due
 
 
 def strikes(rank: int, step: int, kind: str) -> bool:

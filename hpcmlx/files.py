@@ -17,13 +17,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 
 from hpcmlx.errors import OutputError, StorageError
+from hpcmlx.flight import recorder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_WRITE = 1 << 30  # macOS refuses a single write of 2 GiB or more
+_HASHED_AT_ONCE = 1 << 20
 
 Data = bytes | bytearray | memoryview | str
 
@@ -277,6 +280,16 @@ def _size(num_bytes: int) -> str:
     return f" ({num_bytes} bytes)" if num_bytes else ""
 
 
+def digest_of(file: BinaryIO) -> str:
+    """SHA-256 of what is left of a file, in hex."""
+    digest, buffer = hashlib.sha256(), bytearray(_HASHED_AT_ONCE)
+    view = memoryview(buffer)
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(view[:count])
+        recorder.tick()
+    return digest.hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a whole file, in hex.
 
@@ -285,6 +298,6 @@ def sha256_of(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return digest_of(file)
     except OSError as error:
         raise StorageError(f"reading {path} failed: {error.strerror}") from error

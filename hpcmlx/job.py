@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from logging import Logger
 from pathlib import Path
@@ -28,6 +29,7 @@ from hpcmlx import comm, config, jaccl, log, orphans, redact
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError, UsageError
 from hpcmlx.files import write_atomic
+from hpcmlx.flight import file_of, recorder
 from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.observe.record import RunRecord
@@ -35,6 +37,7 @@ from hpcmlx.rankhosts import describe_ranks
 from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir
 from hpcmlx.sweep.run import run_sweep
 from hpcmlx.versions import source_hash, versions
+from hpcmlx.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -167,6 +170,11 @@ def _run(
     make_run_dir(run_dir)  # a host that shares no files with rank 0's has one of its own
     logger = log.setup(world.rank, comm.hostname(), run_dir)
     _report_host(logger, mesh, run_dir)
+    recorder.open(file_of(run_dir, world.rank), world.rank, world.size)
+    timeout = settings.watchdog.timeout
+    watchdog = (
+        None if timeout is None else Watchdog(world, run_dir, timeout, partial(record.fail, world))
+    )
     record.begin(world, name, settings, run_dir, launch, str(mesh.dims))
     mesh.hosts = describe_ranks(settings.launch, world)
     mesh.tp_group = jaccl.connect(settings.comm.tensor, mesh.tp_group)
@@ -190,6 +198,8 @@ def _run(
         }
         write_atomic(run_dir / mpirun.COMPLETED, json.dumps(completed, indent=2).encode() + b"\n")
         logger.info("complete: %s", run_dir)
+    if watchdog is not None:
+        watchdog.stop()
     return code
 
 

@@ -69,9 +69,9 @@ class Mesh:
         self.dims, self.world, self.hosts = dims, world, hosts
         self.dp, self.pp, self.tp = dims.coordinates(world.rank)
         rank = world.rank
-        self.tp_group = world.split(rank // dims.tp, rank, graph=dims.tp > 1)
-        self.replica = world.split(self.dp, rank)
-        self.dp_group = world.split(rank % (dims.pp * dims.tp), rank)
+        self.tp_group = world.split(rank // dims.tp, rank, graph=dims.tp > 1, name="tp")
+        self.replica = world.split(self.dp, rank, name="replica")
+        self.dp_group = world.split(rank % (dims.pp * dims.tp), rank, name="dp")
 
     @property
     def is_first_stage(self) -> bool:

@@ -261,6 +261,17 @@ class SweepConfig:
 
 
 @dataclass(kw_only=True)
+class WatchdogConfig:
+    """What ends a job that hangs."""
+
+    timeout: float | None = setting(
+        "seconds without progress of any rank, or word of one, that end the job; null: never",
+        300.0,
+        low=1,
+    )
+
+
+@dataclass(kw_only=True)
 class JobConfig:
     """What every job has."""
 
@@ -269,6 +280,7 @@ class JobConfig:
     comm: CommConfig = field(default_factory=CommConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     run_dir: str | None = setting("directory of the results; null: a new one under runs/", None)
     #: Whether a job goes on with what an earlier launch has left in its run directory.
     RESUMABLE: ClassVar[bool] = False

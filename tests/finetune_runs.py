@@ -72,7 +72,7 @@ def files(run_dir: Path) -> dict[Path, tuple[int, bytes]]:
     """What a launch that does nothing leaves alone: (time of the last change, content)."""
     own = {"lock", "completed.json", "run.json", "report.html"}
     paths = [path for path in run_dir.rglob("*") if path.is_file() and path.name not in own]
-    kept = [path for path in paths if path.parent.name != "logs"]
+    kept = [path for path in paths if path.parent.name not in ("logs", "flight")]
     return {
         path.relative_to(run_dir): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept
     }

@@ -115,6 +115,7 @@ def test_what_a_run_leaves_behind(single):
         "completed.json",
         "config.yaml",
         "lock",
+        "flight/rank0.bin",
         "logs/rank0.log",
         "manifest.json",
         "report.html",

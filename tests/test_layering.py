@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
-LAYERS = ["blas", "errors", "extras", "faults", "files", "versions", "rundir", "redact", "record"]
-LAYERS += ["log", "orphans", "units", "schema", "settings", "settings_finetune", "config"]
-LAYERS += ["launch", "probes", "sweep", "comm", "agree", "rankhosts", "jaccl"]
+LAYERS = ["blas", "errors", "flight", "extras", "faults", "files", "versions", "rundir", "redact"]
+LAYERS += ["record", "autopsy", "log", "orphans", "units", "schema", "settings"]
+LAYERS += ["settings_finetune", "config"]
+LAYERS += ["launch", "probes", "sweep", "comm", "agree", "rankhosts", "jaccl", "watchdog"]
 LAYERS += ["mesh", "parallel"]
 LAYERS += ["models", "observe", "inference", "training", "bench", "doctor", "job"]
 PURE = {"errors", "extras", "faults", "files", "rundir", "log", "orphans", "schema", "config"}
 PURE |= {"settings", "settings_finetune", "launch", "probes", "sweep", "units", "versions"}
-PURE |= {"redact", "record"}
+PURE |= {"redact", "record", "flight", "autopsy"}
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 MODULES = [p for p in MODULES if p != Path("hpcmlx/__init__.py")]
 

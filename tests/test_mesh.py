@@ -17,7 +17,7 @@ class FakeWorld:
     def __init__(self, rank, size):
         self.rank, self.size, self.asked = rank, size, []
 
-    def split(self, color, key, graph=False):
+    def split(self, color, key, graph=False, name=""):
         self.asked.append((color, key, graph))
         return Communicator()
 

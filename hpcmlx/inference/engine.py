@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 
 from hpcmlx import faults
-from hpcmlx.comm import Pending
+from hpcmlx.comm import Pending, evaluate, start_evaluation
+from hpcmlx.flight import recorder
 from hpcmlx.inference.batching import SlotCaches, fork_caches, split_caches, why_not_batched
 from hpcmlx.inference.kv import Budget, Load, measure_cost, num_bytes
 from hpcmlx.inference.kv_quantized import quantize_caches
@@ -254,6 +255,7 @@ class Engine:
     def _start_step(self, slot: Slot, feed: mx.array) -> Step:
         """One decode step of a slot: feed [places] tokens, sample as many."""
         self.stats.num_steps += 1
+        recorder.step = self.stats.num_steps
         faults.strike(self.mesh.world.rank, self.stats.num_steps)
         if self.stats.num_steps % 256 == 0:
             mx.clear_cache()
@@ -273,7 +275,7 @@ class Engine:
             logits = logits[:, -1]
             tokens = self.sampler(logits, params, positions, contexts)
             report = self.sampler.report(logits, tokens, params)
-            mx.async_eval(tokens, report.arrays if report else [])
+            start_evaluation(tokens, report.arrays if report else [])
             self.link.send_tokens(tokens)
         end = time.perf_counter()
         self._not_host += end - begin
@@ -286,6 +288,7 @@ class Engine:
         """Give a step's tokens to its rows, and end those that are through."""
         begin = time.perf_counter()
         array = self.link.wait(step.tokens) if isinstance(step.tokens, Pending) else step.tokens
+        evaluate(array)
         tokens = array.tolist()
         logprobs = step.report.read() if step.report else [None] * len(tokens)
         now = time.perf_counter()
@@ -414,7 +417,7 @@ class Engine:
         self.link.forward(tokens, caches)
         # The last stage's logits of a prompt are not needed and never computed.
         caches = self._packed(caches)
-        mx.eval([cache.state for cache in caches])
+        evaluate([cache.state for cache in caches])
         end = time.perf_counter()
         self._not_host += end - begin
         self.stats.prefill_seconds += end - begin

@@ -23,6 +23,7 @@ from huggingface_hub import constants as hub
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.extras import require
 from hpcmlx.files import write_atomic
+from hpcmlx.flight import recorder
 from hpcmlx.inference.engine import Engine
 from hpcmlx.inference.evaluate import Verdict
 from hpcmlx.inference.generate import build_engine
@@ -72,15 +73,16 @@ class HarnessEvaluation:
 
         own = self.cfg.evaluate
         path = written("model.path", self.cfg.model.path, self.cfg.unresolved)
-        results = simple_evaluate(
-            HarnessModel(crew, self.tokenizer, self.context, path),
-            tasks=self.tasks,
-            num_fewshot=own.num_fewshot,
-            limit=own.limit,
-            apply_chat_template=own.chat_template,
-            task_manager=self.manager,
-            log_samples=False,
-        )
+        with recorder.outside():
+            results = simple_evaluate(
+                HarnessModel(crew, self.tokenizer, self.context, path),
+                tasks=self.tasks,
+                num_fewshot=own.num_fewshot,
+                limit=own.limit,
+                apply_chat_template=own.chat_template,
+                task_manager=self.manager,
+                log_samples=False,
+            )
         crew.end()
         results["config"] |= {"layout": str(self.mesh.dims), "model_path": path}
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
@@ -105,13 +107,15 @@ class Crew:
 
     def score(self, rows: Sequence[ScoreRow]) -> list[Score]:
         """On rank 0: the scores of the rows, in their order."""
-        self._mesh.world.bcast(("score", rows))
-        return self._score(rows) or []
+        with recorder.inside():
+            self._mesh.world.bcast(("score", rows))
+            return self._score(rows) or []
 
     def generate(self, requests: Sequence[Request]) -> list[RowResult]:
         """On rank 0: the answers to the requests, in their order; their `index` is their place."""
-        self._mesh.world.bcast(("generate", requests))
-        return self._generate(requests) or []
+        with recorder.inside():
+            self._mesh.world.bcast(("generate", requests))
+            return self._generate(requests) or []
 
     def end(self) -> None:
         """On rank 0: let the others go."""

@@ -8,7 +8,6 @@ refused.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ import h5py
 import numpy as np
 
 from hpcmlx.errors import ConfigError, InputError
+from hpcmlx.files import digest_of
+from hpcmlx.flight import recorder
 from hpcmlx.inference import openai
 from hpcmlx.inference.jsonl import MAX_LINE, json_lines, parse
 from hpcmlx.inference.request import NUMBER_KINDS, ROW_KEYS, BadRow, InputRow, RequestBuilder
@@ -88,11 +89,12 @@ def read_batch(
     path = Path(path)
     try:
         with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = digest_of(file)
         kind = _format(path, data)
         reader = _Reader(path, kind, sha256, RequestBuilder(tokenizer, defaults, n, max_context))
         for line, row in _records(path, kind, data):
             reader.add(line, row)
+            recorder.tick()
     except FileNotFoundError:
         raise InputError(f"input {path} does not exist; set input=FILE.jsonl") from None
     except OSError as error:

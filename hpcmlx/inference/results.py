@@ -19,6 +19,7 @@ import numpy as np
 
 from hpcmlx.errors import IntegrityError
 from hpcmlx.files import atomic_writer, write_atomic, write_hdf5
+from hpcmlx.flight import recorder
 from hpcmlx.inference import openai
 from hpcmlx.inference.columns import fill_columns
 from hpcmlx.inference.engine import Stats
@@ -100,6 +101,7 @@ def write_results(
                 written.rows += 1
                 for sample in samples:
                     written.add(sample)
+                    recorder.tick()
                     yield sample
 
         write_hdf5(run_dir / COLUMNS, lambda file: fill_columns(file, pass_on(), attributes))

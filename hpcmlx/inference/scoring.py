@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from hpcmlx.errors import InputError, IntegrityError
+from hpcmlx.flight import recorder
 from hpcmlx.inference.logprobs import Group, token_logprobs
 from hpcmlx.inference.request import max_context
 from hpcmlx.mesh import Mesh
@@ -103,6 +104,7 @@ def score(
             batch = together[mesh.dp]
             chosen = [rows[i] for i in batch.rows]
             tokens, targets = _arrays(chosen, batch.length)
+            recorder.step = number
             logits = link.forward(tokens)
             if logits is not None:
                 scores = _scores(chosen, logits, targets, loaded, mesh.tp_group)

@@ -16,6 +16,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from hpcmlx.flight import recorder
 from hpcmlx.models.adapter_files import Adapter, LowRank
 from hpcmlx.models.adapter_places import find_places
 from hpcmlx.models.skeleton import Skeleton
@@ -138,6 +139,7 @@ class AttachedAdapter:
                 dtype = mx.float32 if path.endswith(".dora_scale") else dtypes[path]
                 array = mx.contiguous(self._read(path, cuts.get(path)).astype(dtype))
                 mx.eval(array)
+                recorder.tick()
                 yield path, array
 
     def _read(self, path: str, cut: Cut | None) -> mx.array:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from hpcmlx.flight import recorder
 from hpcmlx.errors import IntegrityError, StorageError
 from hpcmlx.parallel.partition import Interval
 
@@ -152,6 +153,7 @@ class ByteFile:
             else:
                 self._copy_from_map(pieces, first, stride=length * inner)
             column += width
+            recorder.tick()
         self.bytes_read += out.size
         return out
 

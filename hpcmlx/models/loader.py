@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from hpcmlx.flight import recorder
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.adapter_files import open_adapter
@@ -319,6 +320,7 @@ class Reader:
                 array = _take_exact(array, cut, packing.group_size)
         array = mx.contiguous(array.astype(self.skeleton.dtypes[path]))
         mx.eval(array)
+        recorder.tick()
         return array
 
     def _sharing(self, paths: Sequence[str]) -> list[list[str]]:

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx import nn
 
+from hpcmlx.flight import recorder
+
 
 class Group(Protocol):
     """The ranks of one tensor-parallel group."""
@@ -83,8 +85,12 @@ class _Parallel(nn.Module):
 class Block(_Parallel):
     """Whole in, whole out; partial sums inside."""
 
+    tp_layer: int
+
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return self.tp_group.all_sum(super().__call__(self.tp_enter(x), *args, **kwargs))
+        y = super().__call__(self.tp_enter(x), *args, **kwargs)
+        recorder.layer = self.tp_layer  # of the next planned operation only
+        return self.tp_group.all_sum(y)
 
 
 class Rowwise(_Parallel):

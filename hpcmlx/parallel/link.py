@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from hpcmlx.comm import Pending
+from hpcmlx.comm import Pending, evaluate
 from hpcmlx.mesh import Mesh
 from hpcmlx.parallel.pipeline import Stage
 
@@ -46,7 +46,7 @@ class StageLink:
         outputs = self.stage(tokens, inputs, caches)
         if self.stage.last:
             return outputs
-        mx.eval(outputs, [cache.state for cache in caches or []])
+        evaluate(outputs, [cache.state for cache in caches or []])
         self.send(outputs)
         return None
 

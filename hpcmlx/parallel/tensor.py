@@ -192,9 +192,9 @@ class _Cutter:
                 self._cut_heads(path, around)
             case Attention() if isinstance(own, _Heads):
                 self._set_head_counts(path, rule, own.share)
-                self._become(path, layers.Block)
+                self._become(path, layers.Block, tp_layer=_layer_of(path))
             case Block():
-                self._become(path, layers.Block)
+                self._become(path, layers.Block, tp_layer=_layer_of(path))
             case VocabEmbedding() | VocabHead():
                 self._cut_vocabulary(path, rule)
             case Colwise() | Rowwise() | PerHead() | Attention():
@@ -332,6 +332,11 @@ def input_dims(module: nn.Module) -> int:
     if "scales" in module:
         return module.scales.shape[-1] * module.group_size
     return module.weight.shape[-1]
+
+
+def _layer_of(path: str) -> int:
+    """The first number in a module's path; -1 without one."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
 def _shift(intervals: list[Interval], by: int) -> list[Interval]:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from hpcmlx.comm import Pending
+from hpcmlx.comm import Pending, evaluate
 from hpcmlx.errors import ConfigError
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
@@ -153,7 +153,7 @@ class Executor:
                 self._wait(self._receive(action, inputs))
                 trained = chunk.held.get()
                 outputs = self._outputs(chunk, microbatch, inputs, trained, gradients=False)
-                mx.eval(outputs)
+                evaluate(outputs)
                 if chunk.loss is None:
                     self._send(action, outputs)
                 else:
@@ -179,7 +179,7 @@ class Executor:
                 return self._outputs(chunk, microbatch, given, trained)
 
         made, gradients = mx.vjp(outputs, [*inputs, *chunk.held.get()], cotangents)
-        mx.eval(made)
+        evaluate(made)
         arriving: list[Pending] = []
         if chunk.loss is None:
             self._send(action, made)
@@ -218,22 +218,22 @@ class Executor:
         num_inputs = len(chunk.loaded.stage.receives)
         to_send = flight.gradients[:num_inputs]
         if not self._recompute:
-            mx.eval(to_send)
+            evaluate(to_send)
             self._send(action, to_send)
         sums = {}
         for name, gradient in zip(chunk.names, flight.gradients[num_inputs:], strict=True):
             gradient = gradient.astype(mx.float32)
             sums[name] = self._sums[name] + gradient if name in self._sums else gradient
         if self._recompute and to_send:
-            mx.eval(to_send, list(sums.values()))
+            evaluate(to_send, list(sums.values()))
             self._send(action, to_send)
         if add is None:
-            mx.eval(list(sums.values()))
+            evaluate(list(sums.values()))
             self._sums |= sums
             return
         for bucket in self._buckets[action.chunk]:
             part = {name: sums.pop(name) for name in bucket}
-            mx.eval(list(part.values()))
+            evaluate(list(part.values()))
             add(part)
         for name in chunk.names:
             self._sums.pop(name, None)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import mlx.core as mx
 
-from hpcmlx.comm import Communicator
+from hpcmlx.comm import Communicator, evaluate
 from hpcmlx.mesh import Mesh
 from hpcmlx.training.placement import Place
 
@@ -54,7 +54,7 @@ class GradientSum:
         for stages in sorted(set().union(*mesh.replica.allgather(mine))):
             inside = mesh.pp in stages
             color = mesh.tp if inside else mesh.dims.tp
-            group = mesh.replica.split(color, mesh.replica.rank)
+            group = mesh.replica.split(color, mesh.replica.rank, name="tied")
             if inside:
                 groups[stages] = group
         return groups
@@ -98,7 +98,7 @@ class GradientSum:
             parts.append(place.spread(gradient))
         for name, total in zip(names, group.sum_arrays(parts), strict=True):
             gradients[name] = mx.contiguous(self._places[name].local(total))
-        mx.eval([gradients[name] for name in names])
+        evaluate([gradients[name] for name in names])
 
 
 def own_square_sum(gradients: Mapping[str, mx.array], places: Mapping[str, Place]) -> float:

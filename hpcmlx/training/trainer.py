@@ -16,6 +16,7 @@ import numpy as np
 
 from hpcmlx import comm, faults
 from hpcmlx.errors import IntegrityError
+from hpcmlx.flight import recorder
 from hpcmlx.mesh import Mesh
 from hpcmlx.parallel.schedule import Action, schedule
 from hpcmlx.training.checkpoints.found import Found
@@ -81,6 +82,7 @@ class Trainer:
     def step(self, n: int, batches: Batches, dataset: Dataset) -> StepResult:
         """Update number `n`."""
         begin, waited = time.perf_counter(), self._waited
+        recorder.step = n + 1
         faults.strike(self.mesh.world.rank, n + 1)
         plan = batches.step(n)
         mine = [collate(dataset, rows) for rows in plan.microbatches[self.mesh.dp]]
@@ -105,7 +107,7 @@ class Trainer:
         if self._clip is not None and (factor := clip_scale(norm, self._clip)) != 1:
             gradients = {name: g * factor for name, g in gradients.items()}
         parameters = self._optimizer.update(self.stages.parameters(), dict(gradients), n)
-        mx.eval(parameters, self._optimizer.state)
+        comm.evaluate(parameters, self._optimizer.state)
         self.stages.set_parameters(parameters)
 
     def _agree(

@@ -14,7 +14,7 @@ from itertools import zip_longest
 import mlx.core as mx
 import numpy as np
 
-from hpcmlx.comm import Communicator
+from hpcmlx.comm import Communicator, evaluate
 from hpcmlx.parallel.partition import Cut
 from hpcmlx.training.optim import Optimizer
 
@@ -83,7 +83,7 @@ class Zero1:
             grads: at least those of the parameters that this rank owns.
         """
         new = self._optimizer.update(self._owned(params), self._owned(grads), step)
-        mx.eval(new, self._optimizer.state)
+        evaluate(new, self._optimizer.state)
         if self._group.size == 1:
             return new
         return _share(self._group, params, new, self._owners)
@@ -150,7 +150,7 @@ def _bytes(arrays: Sequence[mx.array]) -> np.ndarray:
     if not arrays:
         return np.empty(0, np.uint8)
     flat = mx.concatenate([array.reshape(-1).view(mx.uint8) for array in arrays])
-    mx.eval(flat)
+    evaluate(flat)
     return np.array(flat, copy=False)
 
 

@@ -58,9 +58,9 @@ class Places:
             (directory / token).unlink()
         leader = seen.index(True)
         self.leader_ranks = sorted(set(world.allgather(leader)))
-        self.sharers = world.split(leader, world.rank)
+        self.sharers = world.split(leader, world.rank, name="sharers")
         self.own = self.leader_ranks.index(leader)
-        group = world.split(0 if leader == world.rank else 1, world.rank)
+        group = world.split(0 if leader == world.rank else 1, world.rank, name="leaders")
         self.leaders = group if leader == world.rank else None
 
     def where(self, leader: int) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 
 from hpcmlx.errors import IntegrityError, StorageError
 from hpcmlx.files import sha256_of, write_hdf5
+from hpcmlx.flight import recorder
 from hpcmlx.parallel.partition import Cut
 from hpcmlx.training.checkpoints.pieces import Block, Piece, as_cut, dtype_name, storage_shape
 
@@ -193,6 +194,7 @@ class ShardReader:
                 dataset = self._file(shard)[name]
                 for part in parts:
                     dataset.read_direct(data, part.source, part.target)
+                    recorder.tick()
             except (OSError, KeyError, TypeError, ValueError) as error:
                 raise IntegrityError(
                     f"{self._directory / shard}: {name} cannot be read any more ({error}); restore "

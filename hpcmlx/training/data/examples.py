@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hpcmlx.errors import ConfigError, InputError
+from hpcmlx.flight import recorder
 from hpcmlx.inference.jsonl import json_lines
 from hpcmlx.models.messages import BadMessages, check_messages, check_tools
 from hpcmlx.models.tokenizer import ChatRenderer, encode
@@ -146,6 +147,7 @@ class ExampleReader:
             try:
                 for line, row in json_lines(file):
                     self.counts.rows += 1
+                    recorder.tick()
                     try:
                         # What is wrong with a line is said by the error in the row's place.
                         sample = self.example(row) if isinstance(row, dict) else _refuse(str(row))

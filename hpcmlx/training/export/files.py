@@ -19,6 +19,7 @@ import numpy as np
 
 from hpcmlx.errors import OutputError
 from hpcmlx.files import atomic_writer, cannot_create, flush, reported, write_atomic
+from hpcmlx.flight import recorder
 
 MAX_SHARD_BYTES = 5_000_000_000  # as the hub has them
 
@@ -156,6 +157,7 @@ def _arrays(groups: Sequence[Group]) -> Iterator[mx.array]:
         for part in group.parts:
             array = mx.contiguous(made.pop(part.name))
             mx.eval(array)
+            recorder.tick()
             if (array.shape, array.dtype) != (part.shape, part.dtype):
                 raise RuntimeError(f"{part} was announced, {array.shape} {array.dtype} was made")
             yield array
