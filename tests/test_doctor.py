@@ -15,9 +15,11 @@ from rich.console import Console
 
 from hpcmlx.comm import Communicator
 from hpcmlx.doctor import facts, table, together, visit
+from hpcmlx.doctor.description import write_description
 from hpcmlx.doctor.facts import Facts, from_dict, mpi_version
 from hpcmlx.doctor.findings import Finding, examine, socket_fix
 from hpcmlx.errors import ConfigError, ExitCode
+from hpcmlx.launch.describe import Description, parse_description, read_cluster
 from hpcmlx.probes.interfaces import Interface
 from hpcmlx.probes.thunderbolt import Rdma
 from tests.fixtures import ROOT, mpirun, run_line
@@ -394,3 +396,42 @@ def test_two_ranks_on_this_host(tmp_path):
     assert 0 <= found["wait_share"] < 2 and 0 < found["barrier_seconds"] < 1
     assert found["mpi"].startswith("Open MPI") and "2 on " in outcome.out
     assert Path(found["libmpi"]).name.startswith("libmpi")
+
+
+def test_what_hosts_are_is_written_for_jobs(tmp_path):
+    """And read again: under the names of the host file, with the bandwidth of the chip."""
+    address = Interface("en3", "Thunderbolt 5", ("10.0.1.2/24",))
+    studio = host("studio.lan", chip="Apple M3 Ultra", memory_bytes=96 * GIB, ranks=2)
+    mini = host("mini", chip="Apple M4 Max", memory_bytes=36 * GIB, interfaces=(address,), cores=14)
+    linux = host("box", chip="AMD EPYC: x #1", memory_bytes=64 * GIB + 1, macos=(), links={})
+    hostfile = tmp_path / "macs"
+    hostfile.write_text("10.0.1.2 slots=1\nstudio.local slots=2\n")
+    path = tmp_path / "macs.yaml"
+    path.write_text(write_description([studio, mini], str(hostfile)))
+    found = read_cluster(str(hostfile)).hosts
+    network = "10.0.1.0/24"
+    assert found == {
+        "studio.local": Description("Apple M3 Ultra", 96 * GIB, 819, network, studio.cores),
+        "10.0.1.2": Description("Apple M4 Max", 36 * GIB, 410, network, 14),
+    }
+    assert "interface: 10.0.1.0/24  # en3, Thunderbolt 5" in path.read_text()
+    # Names of their own, no bandwidth that is known, connections that share no network.
+    path.write_text(write_description([studio, linux], None))
+    assert "# bandwidth: not known for this chip" in path.read_text()
+    named = read_cluster(None, str(path)).hosts
+    assert named["box"] == Description("AMD EPYC: x #1", 64 * GIB)
+    assert named["studio.lan"].interface is None
+    with pytest.raises(ConfigError, match="does not tell which of its hosts are other"):
+        write_description([host("other", interfaces=())] * 4, str(hostfile))
+    with pytest.raises(ConfigError, match="'a b' is not a host name"):
+        write_description([host("a b")], None)
+
+
+def test_a_description_that_is_there_is_kept(tmp_path):
+    (tmp_path / "macs.yaml").write_text("mine")
+    line = [sys.executable, "jobs/doctor.py", "--run-dir", str(tmp_path / "r"), "--write"]
+    outcome = run_line([*line, str(tmp_path / "macs.yaml")])
+    assert outcome.code == 73 and "macs.yaml is there already: remove it" in outcome.err
+    assert (tmp_path / "macs.yaml").read_text() == "mine"
+    outcome = run_line([*line, str(tmp_path / "new.yaml")])
+    assert outcome.code in (0, 78) and parse_description(tmp_path / "new.yaml"), outcome.err

@@ -73,7 +73,7 @@ def test_shares_of_two_ranks(work):
     # What it says, given by hand, is the same layout.
     by_hand = work.folder / "by-hand"
     shares = ("parallel.tp_shares=[2.0,1.0]", "parallel.tp=2", f"run_dir={by_hand}")
-    assert_done(run("generate", *work.arguments, hosts, *shares, ranks=2), by_hand)
+    assert_done(run("generate", *work.arguments, hosts, *shares, ranks=2, timeout=180), by_hand)
     size = r"(\d+ MiB of weights from \d+ MiB)"
     for name in ("logs/rank0.log", "logs/rank1.log"):
         texts = [(folder / name).read_text() for folder in (run_dir, by_hand)]
@@ -107,8 +107,9 @@ def test_training_follows_the_hosts(work):
         *("train.steps=3", "train.batch_size=4", "method.rank=2"),
     ]
     alone, two = work.folder / "tune1", work.folder / "tune2"
-    assert_done(run("finetune", *arguments, f"run_dir={alone}"), alone)
-    outcome = run("finetune", *arguments, hosts, "parallel.pp=2", f"run_dir={two}", ranks=2)
+    assert_done(run("finetune", *arguments, f"run_dir={alone}", timeout=180), alone)
+    layout = ("parallel.pp=2", f"run_dir={two}")
+    outcome = run("finetune", *arguments, hosts, *layout, ranks=2, timeout=180)
     assert_done(outcome, two)
     said = re.search(r"pp layers (\d)\+(\d) from \S+/train.yaml: 800 and 400 GB/s", outcome.err)
     assert int(said[1]) > int(said[2])
@@ -120,7 +121,9 @@ def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(work):
     hosts = work.hostfile("small", "localhost slots=1\n127.0.0.1 slots=1\n", small)
     for layout in ("parallel.tp=2", "parallel.pp=2"):
         run_dir = work.folder / f"small-{layout[9:11]}"
-        outcome = run("generate", *work.arguments, hosts, layout, f"run_dir={run_dir}", ranks=2)
+        outcome = run(
+            "generate", *work.arguments, hosts, layout, f"run_dir={run_dir}", ranks=2, timeout=180
+        )
         words = ("weights take", "room for", f"{work.folder}/small.yaml")
         assert_refused(outcome, 78, *words, run_dir=run_dir)
 
@@ -186,7 +189,7 @@ def test_three_hosts_one_twice_as_fast_and_a_network_of_choice(hosts, work, said
     options += [f"launch.interface={NETWORK}.0/24"] if launch else []
     before = received(hosts)
     job = hosts.job("generate", *work.arguments, "parallel.tp=3", f"run_dir={run_dir}", *options)
-    outcome = job.wait(120)
+    outcome = job.wait(180)
     assert_done(outcome, run_dir)
     assert f"tp shares 2.0:1.0:1.0 from {path}: 800, 400 and 400 GB/s" in outcome.err
     assert work.rows(run_dir) == work.twin

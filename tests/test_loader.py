@@ -7,6 +7,7 @@ communicate.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlx_lm.utils import _get_classes
 
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.launch.placement import RankHost, RankHosts
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.models.balance import stage_layers
 from hpcmlx.models.checkpoint import open_checkpoint
@@ -409,6 +411,41 @@ def test_layers_as_asked_and_refusals(smollm2):
         stage_layers(30, 31, None, flow, sizes)
 
 
+@pytest.mark.parametrize("dims", [ParallelDims(tp=2), ParallelDims(pp=2), ParallelDims(1, 2, 2)])
+def test_what_follows_from_the_hosts_is_what_can_be_given_by_hand(tmp_path, dims, caplog):
+    """Rank by rank the same arrays; what to give is what the log says."""
+    config = config_of(num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6)
+    path = save(tmp_path / "model", config, parameters(random_model(config)))
+    speeds = (819, 410, 273, 137)
+    ranks = [RankHost(f"h{i}", speeds[i], 2**33) for i in range(dims.world_size)]
+    with caplog.at_level("INFO"):
+        for rank in range(dims.world_size):
+            _, pp, tp = dims.coordinates(rank)
+            checkpoint = open_checkpoint(path)
+            mesh = rank_of(dims, pp, tp, set(parameters(random_model(config))))
+            mesh.hosts = RankHosts("macs.yaml", tuple(ranks))
+            loaded = load_model(checkpoint, mesh, dtype="float32")
+            shares = re.findall(r"tp shares ([\d.:]+) from macs.yaml", caplog.text)
+            layers = re.findall(r"pp layers ([\d+]+) from macs.yaml", caplog.text)
+            assert bool(shares) == (dims.tp > 1) and bool(layers) == (dims.pp > 1)
+            mesh.hosts = None
+            by_hand = load_model(
+                open_checkpoint(path),
+                mesh,
+                dtype="float32",
+                tp_shares=[float(s) for s in shares[-1].split(":")] if shares else None,
+                pp_layers=[int(n) for n in layers[-1].split("+")] if layers else None,
+            )
+            ours, theirs = parameters(loaded.stage.model), parameters(by_hand.stage.model)
+            assert loaded.layer_ranges == by_hand.layer_ranges
+            assert loaded.parameters == by_hand.parameters
+            for name in loaded.parameters:
+                np.testing.assert_array_equal(np.array(ours[name]), np.array(theirs[name]))
+            if dims.pp > 1:
+                counts = [stop - start for start, stop in loaded.layer_ranges]
+                assert counts[0] > counts[1]
+
+
 def test_a_stage_without_layers_is_refused_before_reading(tmp_path):
     path = save(tmp_path / "model", config_of(), parameters(random_model(config_of())))
     checkpoint = open_checkpoint(path)
@@ -445,6 +482,7 @@ _MEASURE = """
 import resource, sys
 from types import SimpleNamespace
 import hpcmlx
+from hpcmlx.launch.placement import RankHost, RankHosts
 from hpcmlx.mesh import ParallelDims
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import load_model

@@ -92,11 +92,11 @@ def _links(hosts: Sequence[Facts]) -> Iterator[Finding]:
         kinds[host.host] = {host.kind_of(name) for name in used}
         if wifi := sorted(name for name in used if host.kind_of(name) == "Wi-Fi"):
             what = f"messages between hosts go over Wi-Fi ({', '.join(wifi)})"
-            fix = "plug in a cable and set OMPI_MCA_btl_tcp_if_include to its subnet"
+            fix = "plug in a cable and give its network as launch.interface"
             yield Finding(host.host, True, what, fix)
         if virtual := sorted(name for name in used if host.kind_of(name) == "virtual"):
             what = f"messages between hosts go through {', '.join(virtual)}, which software makes"
-            fix = "if it is a VPN, set OMPI_MCA_btl_tcp_if_include to the cable's subnet"
+            fix = "if it is a VPN, give the cable's network as launch.interface"
             yield Finding(host.host, False, what, fix)
     fastest = [host for host in hosts if "Thunderbolt 5" in kinds[host.host]]
     for host in hosts:
@@ -165,7 +165,10 @@ def _speed(hosts: Sequence[Facts]) -> Iterator[Finding]:
     unlike = [label for label in ("chip", "memory_bytes") if _differ(hosts, attrgetter(label))]
     if unlike:
         what = f"hosts differ in {' and '.join(unlike).replace('_bytes', '')}"
-        fix = "give the stronger ones more with parallel.tp_shares or parallel.pp_layers"
+        fix = (
+            "keep what they are with --write HOSTFILE.yaml, and launch.hostfile=HOSTFILE gives the "
+            "faster ones more; or say it with parallel.tp_shares or parallel.pp_layers"
+        )
         yield Finding("", False, what, fix)
     if _differ(hosts, attrgetter("system")):
         what = "hosts run different versions of their system"

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from hpcmlx import comm
 from hpcmlx.comm import Communicator
+from hpcmlx.doctor.description import write_description
 from hpcmlx.doctor.facts import Facts
 from hpcmlx.doctor.findings import Finding, examine, socket_fix
 from hpcmlx.doctor.table import show
 from hpcmlx.doctor.together import WORKS, gather, try_connect
-from hpcmlx.errors import ConfigError, ExitCode
+from hpcmlx.errors import ConfigError, ExitCode, OutputError
 from hpcmlx.files import write_atomic
 from hpcmlx.launch.hostfile import parse_hostfile
 from hpcmlx.rundir import make_run_dir, reserve_run_dir
@@ -26,20 +27,32 @@ from hpcmlx.rundir import make_run_dir, reserve_run_dir
 REPORT = "doctor.json"
 
 
-def visit(world: Communicator, run_dir: str | None, console: Console | None = None) -> ExitCode:
+def visit(
+    world: Communicator,
+    run_dir: str | None,
+    console: Console | None = None,
+    *,
+    description: str | None = None,
+    hostfile: str | None = None,
+) -> ExitCode:
     """Ask all hosts, print what they are and what is wrong, write `doctor.json`. Collective.
 
     Args:
         run_dir: where the report goes; None for a new directory under `runs`.
+        description: YAML file to write for `launch.hosts`, with what the hosts are.
+        hostfile: whose names the hosts have in it; None: those that they give themselves.
 
     Returns:
         `ExitCode.CONFIG` where something serious was found.
 
     Raises:
-        OutputError: the directory or the report cannot be made.
+        OutputError: the directory or the report cannot be made, or the description is there.
+        ConfigError: it cannot be told which host is which in the host file.
     """
     place = None
     if world.rank == 0:
+        if description and os.path.lexists(description):
+            raise OutputError(f"{description} is there already: remove it, or write another")
         layout = f"ranks{world.size}"
         place = make_run_dir(run_dir) if run_dir else reserve_run_dir("doctor", layout)
     place = world.bcast(place)
@@ -49,6 +62,9 @@ def visit(world: Communicator, run_dir: str | None, console: Console | None = No
         show(hosts, findings, console or Console())
         write_atomic(place / REPORT, to_json(hosts, findings))
         print(f"\n{place / REPORT}", file=sys.stderr)
+        if description:
+            write_atomic(description, write_description(hosts, hostfile).encode())
+            print(description, file=sys.stderr)
     serious = any(finding.serious for finding in findings)
     return ExitCode.CONFIG if serious else ExitCode.OK
 

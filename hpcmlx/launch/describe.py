@@ -203,7 +203,8 @@ def _description(values: Mapping[str, tuple[str, str]], where: str) -> Descripti
     chip, memory = found.get("chip"), found.get("memory")
     if chip is not None and "bandwidth" not in found:
         found["bandwidth"] = bandwidth_of(chip, memory)
-        if found["bandwidth"] is None:
+        # Of what is no Mac nobody has to know it; a Mac's must not be lost by a slip of the pen.
+        if found["bandwidth"] is None and re.match(r"(Apple )?M\d", chip):
             at = values["chip"][1]
             raise ConfigError(
                 f"{at}: the memory bandwidth of {chip!a} is not known"

@@ -22,6 +22,7 @@ from hpcmlx.config import JobConfig
 from hpcmlx.errors import ConfigError, ExitCode, LostPeerError, UsageError
 from hpcmlx.files import write_atomic
 from hpcmlx.launch.mpirun import child_overrides, recorded
+from hpcmlx.launch.network import check_interface
 from hpcmlx.launch.slurm import SAVED, Batch, check_options, render, shape
 from hpcmlx.rundir import CLAIM, RunDir, make_run_dir, open_run_dir
 
@@ -91,6 +92,8 @@ def submit(job: str, script: str, overrides: Sequence[str], settings: JobConfig)
     options, parallel = settings.launch.slurm, settings.parallel
     num_ranks = parallel.dp * parallel.pp * parallel.tp
     check_options(options)
+    if settings.launch.interface is not None:
+        check_interface(settings.launch.interface, "launch.interface")
     nodes, per_node = shape(num_ranks, options)
     if not Path(script).is_file():
         raise ConfigError(f"launch=slurm starts a script again, and {script!a} is not a file")
