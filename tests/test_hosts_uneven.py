@@ -46,9 +46,14 @@ class Work:
 def work(tmp_path_factory) -> Work:
     folder = tmp_path_factory.mktemp("uneven")
     model = save_model(
-        folder / "model", num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
+        folder / "model",
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        hidden_size=256,
     )
-    prompts = write_rows(folder / "p.jsonl", [{"prompt": f"row {i}" * i} for i in range(1, 7)])
+    # The last is long enough for messages that Open MPI would spread over all networks.
+    prompts = write_rows(folder / "p.jsonl", [{"prompt": "row " * i} for i in (1, 2, 5, 9, 100)])
     arguments = (f"model.path={model}", f"input={prompts}", "sampling.max_tokens=6")
     outcome = run("generate", *arguments, f"run_dir={folder}/twin")
     assert_done(outcome, folder / "twin")
@@ -199,4 +204,4 @@ def test_three_hosts_one_twice_as_fast_and_a_network_of_choice(hosts, work, said
     for name in hosts.names:
         by_ssh, chosen = (after[name][i] - before[name][i] for i in ("eth0", "eth1"))
         # mpirun's ssh sessions are on the other network: keys, and what it prints.
-        assert chosen > 200_000 and by_ssh < 100_000, (name, by_ssh, chosen)
+        assert chosen > 10 * by_ssh > 0, (name, by_ssh, chosen)
