@@ -35,11 +35,11 @@ def gather(world: Communicator, run_dir: Path) -> list[Facts]:
     facts.cores = len(
         {c for h, own in zip(hosts, usable, strict=True) if h == facts.host for c in own}
     )
-    addresses = dict(zip(hosts, world.allgather(_addresses(facts)), strict=True))
+    addresses = dict(zip(hosts, world.allgather(host_addresses(facts)), strict=True))
     meet(world)
     facts.links = links(facts, addresses)
     for peer in _to_try(facts, list(dict.fromkeys(hosts))):
-        facts.sockets[peer] = try_addresses(_addresses(facts), addresses[peer])
+        facts.sockets[peer] = try_addresses(host_addresses(facts), addresses[peer])
     facts.wait_share, facts.barrier_seconds = waiting(world)
     skews = clock_skews(world)
     first_ranks = [hosts.index(host) for host in dict.fromkeys(hosts)]
@@ -189,7 +189,8 @@ def _to_try(facts: Facts, hosts: Sequence[str]) -> list[str]:
     return [] if following in facts.sockets else [following]
 
 
-def _addresses(facts: Facts) -> list[str]:
+def host_addresses(facts: Facts) -> list[str]:
+    """IPv4 addresses of a host, with their prefixes."""
     return [address for interface in facts.interfaces for address in interface.addresses]
 
 
