@@ -28,24 +28,28 @@ class Cost:
     """Seconds of communication that one token of one row waits for.
 
     Attributes:
-        layout: as in `pp2_tp2`.
+        pp: number of stages.
         order: of the hosts, by their numbers.
-        tp: of the all-reduces, two a layer.
-        pp: of the activation's way through the stages and the sampled token's way back.
+        all_reduces: two a layer.
+        activations: their way through the stages, and the sampled token's way back.
     """
 
-    layout: str
+    pp: int
     order: tuple[int, ...]
-    tp: float
-    pp: float
+    all_reduces: float
+    activations: float
+
+    @property
+    def layout(self) -> str:
+        return f"pp{self.pp}_tp{len(self.order) // self.pp}"
 
     @property
     def total(self) -> float:
-        return self.tp + self.pp
+        return self.all_reduces + self.activations
 
 
 @dataclass(frozen=True)
-class Model:
+class Shape:
     """What decides how much travels.
 
     Attributes:
@@ -68,7 +72,7 @@ class Costs:
     """Costs of a model on measured links."""
 
     links: Links
-    model: Model
+    model: Shape
 
     def layout(self, pp: int, order: Sequence[int] | None = None) -> Cost:
         """Of `pp` stages of as many tensor-parallel hosts each as there are.
@@ -86,8 +90,8 @@ class Costs:
         width = num_hosts // pp
         stages = [order[i * width : (i + 1) * width] for i in range(pp)]
         layers = self.model.layers / pp
-        tp = sum(2 * layers * self.all_reduce(stage) for stage in stages)
-        return Cost(f"pp{pp}_tp{width}", order, tp, self._chain(stages))
+        all_reduces = sum(2 * layers * self.all_reduce(stage) for stage in stages)
+        return Cost(pp, order, all_reduces, self._chain(stages))
 
     def best(self, pp: int) -> Cost:
         """The cheapest order; where several are, the one nearest to the host file's.

@@ -66,12 +66,12 @@ def describe(slow: Slow, hosts: Sequence[str], kinds: Sequence[str]) -> str:
     pair = len(slow.peers) == 1
     name, others = hosts[slow.host], [hosts[peer] for peer in slow.peers]
     if slow.what == "latency":
-        word, form = "late", _format_seconds
+        word, value, usual = "late", _seconds(slow.value), _seconds(slow.usual)
         compared = f"{slow.value / slow.usual:.0f} times that"
     else:
-        word, form = f"slow in {slow.way}" if slow.way else "slow", format_rate
+        word = f"slow in {slow.way}" if slow.way else "slow"
+        value, usual = format_rate(slow.value), format_rate(slow.usual)
         compared = _part(slow.usual / slow.value)
-    value, usual = form(slow.value), form(slow.usual)
     if pair:
         said = f"the link {name} - {others[0]} is {word}: {value}, others have {usual}"
     else:
@@ -124,7 +124,7 @@ def _advice(slow: Slow, kinds: Sequence[str]) -> str:
     return "look at its cable, port and switch; see jobs/doctor.py"
 
 
-def _format_seconds(seconds: float) -> str:
+def _seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs"
 
 
