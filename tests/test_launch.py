@@ -16,7 +16,7 @@ import pytest
 from hpcmlx import config
 from hpcmlx.config import GenerateConfig
 from hpcmlx.errors import ConfigError, ExitCode, OutputError, UsageError
-from hpcmlx.launch import mpirun, options
+from hpcmlx.launch import lost, mpirun, options
 from hpcmlx.launch.hostfile import Host, is_host_name, parse_hostfile, total_slots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +161,7 @@ def test_only_the_record_means_success(tmp_path, capsys):
     assert mpirun.verdict(tmp_path, "now", -9, resumable=True) == ExitCode.LOST_PEER
     assert capsys.readouterr().err == (
         "hpcmlx: mpirun was killed by signal 9, which did not come from this launcher; "
-        f"start the job again with run_dir={tmp_path}: finished rows are kept\n"
+        f"start the job again with run_dir={tmp_path}: what is done is kept\n"
     )
     assert mpirun.verdict(tmp_path, "now", -9) == ExitCode.LOST_PEER
     assert "start the job again\n" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_mpirun_that_is_killed_is_a_lost_peer(tmp_path, monkeypatch, capfd):
     assert relaunch(script, f"run_dir={tmp_path}/run") == ExitCode.LOST_PEER
     err = capfd.readouterr().err
     assert "mpirun was killed by signal 9, " in err
-    assert f"start the job again with run_dir={tmp_path}/run: finished rows are kept" in err
+    assert f"start the job again with run_dir={tmp_path}/run: what is done is kept" in err
     # As it says: the same command goes on.
     assert relaunch(job_script(tmp_path), f"run_dir={tmp_path}/run") == ExitCode.OK
 
@@ -290,3 +290,20 @@ def test_signals_reach_the_ranks_and_nothing_stays(tmp_path, number):
     while any(is_alive(int(p.read_text())) for p in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_host_that_is_lost_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lost, "_answers", lambda host: host != "mac2")
+    assert mpirun.verdict(tmp_path, "now", 255, others=["mac1", "mac2"]) == ExitCode.LOST_PEER
+    assert "lost mac2, which does not answer any more" in capsys.readouterr().err
+    assert mpirun.verdict(tmp_path, "now", 255, others=["mac1"]) == ExitCode.LOST_PEER
+    assert "lost a host, which it names above" in capsys.readouterr().err
+    assert mpirun.verdict(tmp_path, "now", 0, others=["mac2"]) == ExitCode.LOST_PEER
+    assert "lost mac2" in capsys.readouterr().err
+    # On this host alone there is no ssh that could break.
+    assert mpirun.verdict(tmp_path, "now", 255) == 255
+
+
+def test_which_hosts_answer():
+    """Also a host on which nobody listens: it has said so."""
+    assert lost.silent(["127.0.0.1", "no-such-host.invalid"]) == ["no-such-host.invalid"]

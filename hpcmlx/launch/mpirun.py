@@ -21,6 +21,7 @@ from types import FrameType
 from hpcmlx import orphans, record, redact
 from hpcmlx.config import JobConfig, quote
 from hpcmlx.errors import ConfigError, ExitCode, UsageError
+from hpcmlx.launch import lost
 from hpcmlx.launch.hostfile import parse_hostfile, total_slots
 from hpcmlx.launch.network import interface_options
 from hpcmlx.launch.options import checked_path, choose_options, exported
@@ -173,7 +174,14 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
     return 128 - code if -code in passed_on else code
 
 
-def verdict(run_dir: Path, launch: str, code: int, *, resumable: bool = False) -> int:
+def verdict(
+    run_dir: Path,
+    launch: str,
+    code: int,
+    *,
+    resumable: bool = False,
+    others: Sequence[str] = (),
+) -> int:
     """The job's exit code: what the completion record of this launch says; without one it failed,
     with mpirun's code or, where that is 0 or mpirun was killed, as a lost peer.
 
@@ -182,10 +190,16 @@ def verdict(run_dir: Path, launch: str, code: int, *, resumable: bool = False) -
             run that was gone on with, says nothing about this one.
         code: of `run`.
         resumable: whether the job can go on with what is in the run directory.
+        others: the job's other hosts, which mpirun reaches over ssh.
     """
+    advice = f" with run_dir={run_dir}: what is done is kept" if resumable else ""
     found = recorded(run_dir, launch)
     if found is not None:
         return found
+    if code in (0, lost.SSH_BROKE) and others:
+        what = lost.describe(others)
+        print(f"hpcmlx: mpirun {what}; start the job again{advice}", file=sys.stderr)
+        return int(ExitCode.LOST_PEER)
     if code == 0:
         print(
             f"hpcmlx: mpirun ended with 0 but there is no {run_dir / COMPLETED}: a host was lost, "
@@ -194,7 +208,6 @@ def verdict(run_dir: Path, launch: str, code: int, *, resumable: bool = False) -
         )
         return int(ExitCode.LOST_PEER)
     if code < 0:
-        advice = f" with run_dir={run_dir}: finished rows are kept" if resumable else ""
         print(
             f"hpcmlx: mpirun was killed by signal {-code}, which did not come from this launcher; "
             f"start the job again{advice}",
@@ -281,7 +294,10 @@ def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfi
         code = run(argv, env)
         if recorded(run_dir.path, run_dir.token) is None:
             record.note_death(run_dir.path, run_dir.token, record.mpirun_death(code))
-        return verdict(run_dir.path, run_dir.token, code, resumable=settings.RESUMABLE)
+        others = [host.name for host in hosts if host.name not in here]
+        return verdict(
+            run_dir.path, run_dir.token, code, resumable=settings.RESUMABLE, others=others
+        )
 
 
 def _taken_back(launch: LaunchConfig) -> list[str]:
