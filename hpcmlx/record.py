@@ -174,10 +174,9 @@ def mpirun_death(code: int) -> Exit:
     Args:
         code: of `launch.mpirun.run`: mpirun's exit code, or -N where it was killed by signal N.
     """
-    if code == 0:
-        return Exit(
-            Cause.LOST, int(ExitCode.LOST_PEER), "mpirun ended with 0 before the job was complete"
-        )
+    if code in (0, 255):  # 255: its ssh connection to a host broke
+        what = f"mpirun ended with {code} before the job was complete"
+        return Exit(Cause.LOST, int(ExitCode.LOST_PEER), what)
     if code < 0:
         return Exit(Cause.KILLED, int(ExitCode.LOST_PEER), f"mpirun was killed by {_signal(-code)}")
     cause = cause_of(code)
