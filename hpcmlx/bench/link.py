@@ -20,7 +20,7 @@ from rich.console import Console
 from hpcmlx import comm, jaccl
 from hpcmlx.bench import link_measure, link_picture, link_table
 from hpcmlx.bench.link_file import FILE, Links, write_links
-from hpcmlx.comm import Communicator, BareMPI
+from hpcmlx.comm import BareMPI, Communicator
 from hpcmlx.doctor.facts import Facts, collect, from_dict
 from hpcmlx.doctor.together import host_addresses, links, meet
 from hpcmlx.errors import ExitCode, HpcmlxError, UsageError
@@ -105,7 +105,11 @@ def _facts(world: Communicator, run_dir: Path) -> list[Facts]:
 
 
 def _pairs(
-    world: Communicator, bare: BareMPI, hosts: Sequence[str], ranks_of: Sequence[str], seconds: float
+    world: Communicator,
+    bare: BareMPI,
+    hosts: Sequence[str],
+    ranks_of: Sequence[str],
+    seconds: float,
 ) -> Pairs:
     """What this rank has measured as the first of a pair. Collective."""
     mine: Pairs = {}
