@@ -34,7 +34,7 @@ from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.observe.record import RunRecord
 from hpcmlx.rankhosts import describe_ranks
-from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir
+from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir, own_kernels
 from hpcmlx.sweep.run import run_sweep
 from hpcmlx.versions import source_hash, versions
 from hpcmlx.watchdog import Watchdog
@@ -117,6 +117,7 @@ def run_job(
     stop, record = StopSignal(), RunRecord()
     stop.listen()
     try:
+        own_kernels()
         command = config.parse_command_line(sys.argv[1:] if argv is None else argv)
         code = None if comm.launched_by_mpi() else _without_mpi(name, schema, command)
         if code is None:

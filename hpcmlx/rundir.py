@@ -11,7 +11,10 @@ import json
 import os
 import secrets
 import socket
+import stat
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,6 +127,29 @@ def refuse_links(run_dir: Path) -> None:
                     f"run directory {run_dir}: {path.relative_to(run_dir)} is a symbolic link that "
                     f"leads out of it; remove it, or {_HINT}"
                 )
+
+
+def own_kernels() -> None:
+    """See that MLX's folder of compiled CPU kernels, TMPDIR/mlx, is this user's alone: MLX loads
+    what lies there, and in a /tmp that is shared somebody else may have made it.
+
+    Raises:
+        ConfigError: it is somebody else's.
+    """
+    folder = Path(tempfile.gettempdir(), "mlx")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:  # a TMPDIR that cannot be written to; MLX says so when it needs it
+        return
+    if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
+        with suppress(OSError):  # a file system that is only read, which nobody else writes to
+            folder.chmod(0o700)
+        return
+    raise ConfigError(
+        f"{folder} belongs to another user or is a link, and MLX would run the kernels in it; set "
+        "TMPDIR to a directory of your own"
+    )
 
 
 def reserve_run_dir(job: str, layout: str, root: str | Path = "runs") -> Path:
