@@ -169,10 +169,10 @@ def _charts(run_dir: Path) -> Iterator[Chart]:
         for label, columns in (("training", train), ("evaluation", metrics.get("eval", {})))
         if "loss" in columns
     ]
-    found = [chart("loss", "optimizer step", lines)]
+    found = [chart("loss", "optimizer steps", lines)]
     if "tokens_per_sec" in train:
         speed = [("training", train["step"], train["tokens_per_sec"])]
-        found.append(chart("tokens per second", "optimizer step", speed))
+        found.append(chart("tokens per second", "optimizer steps", speed))
     found.append(_throughput(run_dir / "results.h5"))
     yield from filter(None, found)
 
