@@ -251,6 +251,13 @@ def test_waiting_ranks_give_way_where_they_share_cores(tmp_path):
     assert env == {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
+def test_in_an_allocation_the_description_has_the_interface(tmp_path):
+    text = "a: {interface: 10.0.1.0/24}\nb: {interface: 10.0.1.0/24}\n"
+    launch = LaunchConfig(hosts=write(tmp_path, text, "x.yaml"))
+    for environ, expected in (({"SLURM_JOB_ID": "7"}, "10.0.1.0/24"), ({}, None)):
+        assert options.choose_options(launch, 2, [], {"a"}, 2, environ).interface == expected
+
+
 def test_names_of_variables_only():
     environ = {"HPCMLX_X": "1", "SECRET": "2", "OTHER": "3"}
     assert options.exported(environ, ["SECRET"]) == ["HPCMLX_X", "SECRET"]

@@ -16,7 +16,7 @@ from tests.fixtures import assert_done, assert_refused, run, save_model, write_r
 from tests.ssh_hosts import Hosts, hosts_up
 
 pytestmark = pytest.mark.timeout(300)
-# Two names of this host, and a third for the one that they stand for.
+# Two names of this host: which rank is on which then follows from the slots.
 FAST_AND_SLOW = "localhost:\n  bandwidth: 800GB/s\n127.0.0.1:\n  bandwidth: 400GB/s\n"
 
 

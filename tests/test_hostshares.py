@@ -72,6 +72,10 @@ def test_memory_bounds_shares_and_what_one_cannot_take_the_other_does():
     assert default_shares(places, 4 * GIB) == [8.0, 1.0]
     shares = default_shares(places, 24 * GIB)  # a has room for 6 of them
     assert shares == [1.0, 3.0]
+    assert say_shares(places, shares) == (
+        "tp shares 1.0:3.0 from macs.yaml: 800 and 100 GB/s, within memory for 6.0 GiB, 48.0 GiB of"
+        " weights"
+    )
     with pytest.raises(ConfigError) as caught:
         default_shares(places, 55 * GIB)
     assert str(caught.value) == (

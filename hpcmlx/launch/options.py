@@ -60,6 +60,8 @@ def choose_options(
     full = not allocated and ranks_here(num_ranks, hosts, here, cores) > cores
     full = full or (cluster is not None and bool(crowded(cluster, num_ranks)))
     used = (cluster and fill(cluster, num_ranks)) or [host.name for host in hosts]
+    if cluster is not None and "SLURM_JOB_ID" in environ:
+        used = used or cluster.names  # some of them; which, Slurm knows
     interface = choose_interface(launch, cluster, list(dict.fromkeys(used)), environ)
     idle = launch.yield_when_idle
     if idle is None and full and _YIELD not in environ:

@@ -38,6 +38,7 @@ class Balance:
         mesh: Mesh,
         sizes: Mapping[str, int],
         tp_shares: Sequence[float] | None,
+        pp_layers: Sequence[int] | None,
         *,
         speak: bool = True,
     ):
@@ -45,38 +46,45 @@ class Balance:
         Args:
             sizes: bytes of every parameter of the whole model.
             tp_shares: those that are asked for; None: by the hosts' bandwidth.
+            pp_layers: likewise.
             speak: log what is taken from the hosts' description.
 
         Raises:
             ConfigError: the hosts have no room for the model.
         """
         dims = mesh.dims
-        self._speak, self._sizes = speak, sizes
-        self._places: Places | None = None
-        if mesh.hosts is not None:
-            self._places = find_places(mesh.hosts, dims.pp, dims.tp)
-            self._remark()
+        self._speak, self._sizes, self._pp_layers = speak, sizes, pp_layers
         self.tp_shares = tuple(tp_shares) if tp_shares else (1.0,) * dims.tp
-        if self._places is None or (tp_shares and dims.pp == 1):
-            return  # what is asked for is done
-        if tp_shares or dims.tp == 1:
-            check_room(self._places, sum(sizes.values()))
+        self._places: Places | None = None
+        if mesh.hosts is None:
             return
-        self.tp_shares = tuple(default_shares(self._places, sum(sizes.values())))
-        if len(set(self.tp_shares)) > 1:
-            self._say(say_shares(self._places, self.tp_shares))
+        places = find_places(mesh.hosts, dims.pp, dims.tp)
+        if not tp_shares and not pp_layers:
+            check_room(places, sum(sizes.values()))
+        if (tp_shares or dims.tp == 1) and (pp_layers or dims.pp == 1):
+            return  # nothing is left to choose
+        self._places = places
+        if places.unknown:
+            unknown = ", ".join(places.unknown)
+            self._say(
+                f"{places.source} says no bandwidth of {unknown}: hosts count as equally fast"
+            )
+        if tp_shares is None and dims.tp > 1:
+            self.tp_shares = tuple(default_shares(places, sum(sizes.values())))
+            if len(set(self.tp_shares)) > 1:
+                self._say(say_shares(places, self.tp_shares))
 
     def stage_layers(
         self,
         num_layers: int,
         num_stages: int,
-        pp_layers: Sequence[int] | None,
         flow: Dataflow | None,
         work: Sequence[float] | None = None,
     ) -> list[Interval]:
         """`stage_layers`, on these hosts."""
-        if self._places is None or pp_layers is not None or num_stages == 1:
-            return stage_layers(num_layers, num_stages, pp_layers, flow, self._sizes, work)
+        asked = self._pp_layers
+        if self._places is None or asked is not None or num_stages == 1:
+            return stage_layers(num_layers, num_stages, asked, flow, self._sizes, work)
         chunks = num_stages // len(self._places.speeds)
         ranges = stage_layers(
             num_layers,
@@ -92,13 +100,6 @@ class Balance:
         if self._places.differ:
             self._say(say_layers(self._places, [stop - start for start, stop in ranges]))
         return ranges
-
-    def _remark(self) -> None:
-        if self._places is not None and self._places.unknown:
-            self._say(
-                f"{self._places.source} says no bandwidth of {', '.join(self._places.unknown)}: "
-                "hosts count as equally fast"
-            )
 
     def _say(self, text: str) -> None:
         if self._speak:

@@ -157,7 +157,7 @@ def load_model(
     shapes = {path: array.shape for path, array in tree_flatten(model.parameters())}
     sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
     vocab = vocab_size(model)
-    balance = Balance(mesh, sizes, tp_shares, speak=number == 0)
+    balance = Balance(mesh, sizes, tp_shares, pp_layers, speak=number == 0)
     cuts: dict[str, Cut] = {}
     interval = (0, vocab)
     if mesh.dims.tp > 1:
@@ -165,7 +165,7 @@ def load_model(
         cuts = apply_plan(model, plan, mesh.tp_group, Shares(balance.tp_shares))
         interval = vocab_interval(model) or interval
     work = prepare(model, shapes) if prepare else None
-    ranges = balance.stage_layers(num_layers, num_stages, pp_layers, flow, work)
+    ranges = balance.stage_layers(num_layers, num_stages, flow, work)
     check_layers(num_layers, ranges)
     stage = build_stage(model, flow, *ranges[number * mesh.dims.pp + mesh.pp])
     reader = Reader(checkpoint, skeleton, cuts)

@@ -117,8 +117,13 @@ def say_shares(places: Places, shares: Sequence[float]) -> str:
     ratio = ":".join(f"{share:g}" if share % 1 else f"{share:.1f}" for share in shares)
     columns = list(zip(*places.speeds, strict=True))
     same = all(len(set(column)) == 1 for column in columns)
+    weights = [sum(column) for column in columns]
+    free = [round(weight / min(weights), 2) for weight in weights]
+    room = zip(*places.limits, strict=True)
+    within = ", ".join(format_bytes(sum(column)) if sum(column) < inf else "any" for column in room)
+    bound = "" if list(shares) == free else f", within memory for {within} of weights"
     told = [f"{c[0]:g}" if same else "+".join(f"{s:g}" for s in c) for c in columns]
-    return f"tp shares {ratio} from {places.source}: {_gb_per_second(told)}"
+    return f"tp shares {ratio} from {places.source}: {_gb_per_second(told)}{bound}"
 
 
 def say_layers(places: Places, layers: Sequence[int]) -> str:
