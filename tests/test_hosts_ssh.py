@@ -151,7 +151,7 @@ def test_the_link_bench_names_the_slow_host(hosts):
     links = read_links(run_dir / "link.h5")
     assert links.hosts == hosts.names
     assert links.bandwidth[0, 1] > 5 * max(links.bandwidth[0, 2], links.bandwidth[2, 1]) > 5e6
-    slow = slow_links(links.latency, links.bandwidth)
+    slow = slow_links(links.latency_best, links.bandwidth)
     assert [s.host for s in slow if s.what == "bandwidth"] == [2]
     assert "host2 is slow: 12 MB/s to host0 and host1" in outcome.out.replace("11 MB", "12 MB")
     assert all(np.isfinite(curve[0]).all() for curve in links.curves.values())

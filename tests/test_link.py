@@ -43,6 +43,7 @@ def links(bandwidth: np.ndarray, latency: np.ndarray | None = None, **other: obj
         "hosts": tuple(f"host{i}" for i in range(num_hosts)),
         "ranks": (1,) * num_hosts,
         "kinds": ("Ethernet",) * num_hosts,
+        "latency_best": latency,
         "latency_quartiles": np.stack([latency, latency], -1),
         "bandwidth_quartiles": np.stack([bandwidth, bandwidth], -1),
         "sizes": np.array([8, 4096, 1 << 20]),
@@ -110,6 +111,16 @@ def test_a_late_host_is_named_once():
     assert [(s.host, s.what) for s in slow] == [(3, "bandwidth")]
 
 
+def test_busy_hosts_make_no_link_late():
+    """Medians say how busy the hosts were, the fastest message what the link can do."""
+    noise = matrix(4, 17 * US, {(0, 3): 777 * US})
+    busy = links(matrix(4, 118 * MB, {}), noise, latency_best=matrix(4, 15 * US, {}))
+    assert verdict(busy) == ["no link is slow beside the others"]
+    assert Costs(busy, Shape(1, 1)).send(0, 3, 0) == pytest.approx(15 * US)
+    late = links(matrix(4, 118 * MB, {}), noise)
+    assert "the link host0 - host3 is late: 777 µs, others have 17 µs" in verdict(late)[0]
+
+
 def test_what_is_said():
     bandwidth = matrix(3, 118 * MB, {(2,): 11.5 * MB})
     assert verdict(links(bandwidth)) == [
@@ -138,7 +149,14 @@ def test_links_are_kept(tmp_path):
     found = read_links(tmp_path / "link.h5")
     for name in ("hosts", "ranks", "kinds", "about"):
         assert getattr(found, name) == getattr(kept, name)
-    for name in ("latency", "bandwidth", "latency_quartiles", "bandwidth_quartiles", "sizes"):
+    for name in (
+        "latency",
+        "latency_best",
+        "bandwidth",
+        "latency_quartiles",
+        "bandwidth_quartiles",
+        "sizes",
+    ):
         np.testing.assert_array_equal(getattr(found, name), getattr(kept, name))
     np.testing.assert_array_equal(found.curves["all_reduce mlx"], kept.curves["all_reduce mlx"])
 

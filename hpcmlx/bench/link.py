@@ -28,7 +28,8 @@ from hpcmlx.extras import require
 from hpcmlx.files import write_atomic
 from hpcmlx.rundir import make_run_dir, reserve_run_dir
 
-#: What each rank measured: (host, host) -> latency, bandwidth there, bandwidth back; quartiles.
+#: What each rank measured: (host, host) -> latency (best, lower quartile, median, upper), bandwidth
+#: there and back (lower quartile, median, upper).
 Pairs = dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
@@ -120,7 +121,7 @@ def _pairs(
             series = link_measure.pair(bare, peer, world.rank == first, seconds)
             if world.rank == first:
                 latency, there, back = (link_measure.quartiles(s) for s in series)
-                mine[low, high] = latency, there, back
+                mine[low, high] = np.append(series[0].min(), latency), there, back
     bare.sleep_until_all()
     return mine
 
@@ -170,7 +171,7 @@ def _assemble(
     about: dict[str, str],
 ) -> Links:
     """Matrices of what single pairs have measured."""
-    latency, bandwidth = (np.full((len(hosts), len(hosts), 3), np.nan) for _ in range(2))
+    latency, bandwidth = (np.full((len(hosts), len(hosts), n), np.nan) for n in (4, 3))
     for (low, high), (one_way, there, back) in pairs.items():
         latency[low, high] = latency[high, low] = one_way
         if low == high:
@@ -181,9 +182,10 @@ def _assemble(
         tuple(hosts),
         tuple(ranks),
         tuple(kinds),
-        latency[..., 1],
+        latency[..., 2],
+        latency[..., 0],
         bandwidth[..., 1],
-        latency[..., ::2],
+        latency[..., 1::2],
         bandwidth[..., ::2],
         np.array(link_measure.SIZES),
         curves,

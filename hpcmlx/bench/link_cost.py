@@ -119,7 +119,7 @@ class Costs:
     def send(self, source: int, dest: int, num_bytes: int) -> float:
         """Seconds of one message: its latency, and its bytes at the link's speed."""
         links = self.links
-        return float(links.latency[source, dest] + num_bytes / links.bandwidth[source, dest])
+        return float(links.latency_best[source, dest] + num_bytes / links.bandwidth[source, dest])
 
     def _chain(self, stages: Sequence[Sequence[int]]) -> float:
         """From each rank of a stage to the same of the next; the slowest of them counts."""

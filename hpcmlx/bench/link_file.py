@@ -19,8 +19,10 @@ FILE = "link.h5"
 _FORMAT = 1
 _PAIRS = {
     "latency": ("s", "one way, of 8 bytes: half the median round trip"),
+    "latency_best": ("s", "half the fastest round trip"),
     "bandwidth": ("B/s", "from the row's host to the column's, median over large messages"),
 }
+_QUARTILES = {name: _PAIRS[name] for name in ("latency", "bandwidth")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Links:
         kinds: of the link each host's messages take ("Thunderbolt 5"); "" where not known, [hosts].
         latency: seconds one way, [hosts, hosts]; the diagonal is between two ranks of the host, NaN
             where it had one.
+        latency_best: of the fastest round trip: busy hosts only add to what a link takes, so links
+            are compared by it.
         bandwidth: bytes per second from the row's host to the column's, likewise.
         latency_quartiles: lower and upper, [hosts, hosts, 2].
         bandwidth_quartiles: likewise.
@@ -46,6 +50,7 @@ class Links:
     ranks: tuple[int, ...]
     kinds: tuple[str, ...]
     latency: np.ndarray
+    latency_best: np.ndarray
     bandwidth: np.ndarray
     latency_quartiles: np.ndarray
     bandwidth_quartiles: np.ndarray
@@ -70,6 +75,7 @@ def write_links(path: str | Path, links: Links) -> None:
         _array(file, "ranks", np.array(links.ranks), "1", "ranks on each host")
         for name, (unit, meaning) in _PAIRS.items():
             _array(file, f"pairs/{name}", getattr(links, name), unit, meaning)
+        for name, (unit, _) in _QUARTILES.items():
             quartiles = getattr(links, f"{name}_quartiles")
             _array(file, f"pairs/{name}_quartiles", quartiles, unit, "lower and upper quartile")
         _array(file, "sizes", links.sizes, "B", "bytes that each rank gives to a collective")
@@ -99,6 +105,7 @@ def read_links(path: str | Path) -> Links:
                 ranks=tuple(int(n) for n in file["ranks"][()]),
                 kinds=tuple(file["kinds"].asstr()[()]),
                 latency=file["pairs/latency"][()],
+                latency_best=file["pairs/latency_best"][()],
                 bandwidth=file["pairs/bandwidth"][()],
                 latency_quartiles=file["pairs/latency_quartiles"][()],
                 bandwidth_quartiles=file["pairs/bandwidth_quartiles"][()],

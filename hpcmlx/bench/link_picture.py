@@ -31,7 +31,7 @@ def draw(links: Links) -> bytes:
         figure = Figure(figsize=(13, 4.4), layout="constrained")
         rate, late, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.35])
         _heatmap(rate, links, links.bandwidth, "bandwidth, row to column", format_rate, "YlGn")
-        _heatmap(late, links, links.latency, "latency, one way", _seconds, "YlOrRd")
+        _heatmap(late, links, links.latency_best, "latency, one way, at best", _seconds, "YlOrRd")
         _curves(curves, links)
         figure.suptitle(_title(links), x=0.01, ha="left", fontsize=14, fontweight="bold")
         image = io.BytesIO()
@@ -88,7 +88,7 @@ def _curves(axes: Any, links: Links) -> None:
 
 
 def _title(links: Links) -> str:
-    slow = slow_links(links.latency, links.bandwidth)
+    slow = slow_links(links.latency_best, links.bandwidth)
     if not slow:
         return f"Links of {len(links.hosts)} hosts"
     ends = [(s.host, *s.peers) if len(s.peers) == 1 else (s.host,) for s in slow]

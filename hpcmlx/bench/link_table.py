@@ -15,11 +15,20 @@ from hpcmlx.bench.link_verdict import describe, format_rate, slow_links
 
 def show(links: Links, console: Console) -> None:
     """Print them."""
-    for title, values, quartiles, form in (
-        ("bandwidth, row to column", links.bandwidth, links.bandwidth_quartiles, format_rate),
-        ("latency, one way", links.latency, links.latency_quartiles, format_seconds),
-    ):
-        console.print(_matrix(links, title, values, quartiles, form))
+
+    def rate(place: tuple[int, int]) -> str:
+        low, high = links.bandwidth_quartiles[place]
+        median = links.bandwidth[place]
+        return f"{format_rate(median)} ± {(high - low) / 2 / median:.0%}"
+
+    def late(place: tuple[int, int]) -> str:
+        return (
+            f"{format_seconds(links.latency_best[place])}, {format_seconds(links.latency[place])}"
+        )
+
+    title = "bandwidth, row to column: median ± half the span of the middle half"
+    console.print(_matrix(links, title, rate))
+    console.print(_matrix(links, "latency, one way: best, median", late))
     console.print(_collectives(links))
     for line in verdict(links):
         console.print(Text(line, style="bold red"), soft_wrap=True)
@@ -28,7 +37,7 @@ def show(links: Links, console: Console) -> None:
 
 def verdict(links: Links) -> list[str]:
     """A line for each slow link; one that there is none, or that nothing can be compared."""
-    slow = slow_links(links.latency, links.bandwidth)
+    slow = slow_links(links.latency_best, links.bandwidth)
     if slow:
         return [describe(s, links.hosts, links.kinds) for s in slow]
     if len(links.hosts) < 3:
@@ -44,22 +53,16 @@ def format_seconds(seconds: float) -> str:
     return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
-def _matrix(
-    links: Links,
-    title: str,
-    values: np.ndarray,
-    quartiles: np.ndarray,
-    form: Callable[[float], str],
-) -> Table:
-    table = Table(title=f"{title} (± half the span of the middle half)", title_justify="left")
+def _matrix(links: Links, title: str, cell: Callable[[tuple[int, int]], str]) -> Table:
+    """Hosts by hosts; empty where nothing was measured."""
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for host in links.hosts:
         table.add_column(host, justify="right")
-    for host, row, spread in zip(links.hosts, values, quartiles, strict=True):
-        cells = [
-            f"{form(value)} ± {(high - low) / 2 / value:.0%}" if np.isfinite(value) else ""
-            for value, (low, high) in zip(row, spread, strict=True)
-        ]
+    for row, host in enumerate(links.hosts):
+        places = [(row, column) for column in range(len(links.hosts))]
+        there = [np.isfinite(links.latency[place]) for place in places]
+        cells = [cell(place) if t else "" for place, t in zip(places, there, strict=True)]
         table.add_row(host, *cells)
     return table
 
