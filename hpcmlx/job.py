@@ -145,7 +145,6 @@ def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | 
         return ExitCode.OK
     if settings.launch.kind == "none":
         return None
-    orphans.watch_sweep()
     start = submit.submit if settings.launch.kind == "slurm" else mpirun.relaunch
     return start(name, sys.argv[0], command.arguments, settings)
 

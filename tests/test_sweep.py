@@ -411,27 +411,31 @@ def test_an_array_is_followed_to_the_end_of_every_task(capsys):
     assert "b: task 10_1: PENDING (BeginTime)" in said and "b: task 10_1: FAILED" in said
 
 
-def test_the_script_of_an_array(tmp_path):
+def test_the_script_of_an_array(tmp_path, monkeypatch):
     """What bash makes of it: every task has its own run directory and claim, and requeues only
     itself."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     (tmp_path / "bin/scontrol").chmod(0o755)
-    job = tmp_path / "job.py"
+    job = tmp_path / "python"
     job.write_text(
+        f"#!{sys.executable}\n"
         "import os, sys, pathlib\n"
-        "run_dir = pathlib.Path(sys.argv[1].removeprefix('--config=').removesuffix('.yaml'))\n"
+        "assert sys.argv[1:4] == ['-m', 'hpcmlx.sweep.point', 'finetune']\n"
+        "run_dir = pathlib.Path(sys.argv[5].removesuffix('.yaml'))\n"
         "(run_dir / 'checkpoints/step-1').mkdir(parents=True)\n"
         "(run_dir / 'claim').write_text(os.environ['HPCMLX_CLAIM'])\n"
         "sys.exit(76)\n"
     )
+    job.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(job))
     sweep = sweep_of(tmp_path, a=None, b=None)
     sweep.job = "finetune"
     listing = tmp_path / "the list.txt"
     listing.write_text("".join(f"{sweep.run_dir(p)}\n" for p in sweep.points))
     words = ["model.path=m", "data.train=[x]", "launch=slurm", "sweep.max_parallel=1"]
     settings = config.compose(FinetuneConfig, CONF, "finetune", words)
-    text = array.script_text(sweep, str(job), listing, 2, 3, settings)
+    text = array.script_text(sweep, "jobs/x.py", listing, 2, 3, settings)
     assert "\n#SBATCH --array=0-1%1\n" in text and "\n#SBATCH --nodes=3\n" in text
     assert f"\n#SBATCH --output={tmp_path}/array-%A_%a.log\n" in text
     own = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}

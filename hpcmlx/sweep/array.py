@@ -19,6 +19,7 @@ from hpcmlx.launch import submit
 from hpcmlx.launch.slurm import Batch, Shell, check_options, render, shape
 from hpcmlx.launch.submit import JobState
 from hpcmlx.settings import JobConfig
+from hpcmlx.sweep.point import words
 from hpcmlx.sweep.points import Point, Sweep, completion
 
 SCRIPT = "array.sbatch"
@@ -46,7 +47,7 @@ def script_text(
     return render(
         Batch(
             sweep.job,
-            [sys.executable, str(Path(script).resolve()), Shell('--config="$run_dir.yaml"')],
+            [*words(sweep.job, script), Shell('"$run_dir.yaml"')],
             Shell(line),
             str(Path.cwd()),
             Shell('"slurm-$SLURM_ARRAY_JOB_ID-$SLURM_ARRAY_TASK_ID"'),
@@ -190,8 +191,9 @@ def array_states(array: str) -> dict[int, JobState] | None:
     code, text = submit.answer("scontrol", "--oneliner", "show", "job", array)
     if code and "Invalid job id" not in text:
         return None
-    words = ["sacct", "-n", "-X", "-P", "-D", "-o", "JobID,State,ExitCode", "-j", array]
-    states = parse_accounting(submit.answer(*words)[1])
+    columns = ("-o", "JobID,State,ExitCode")
+    _, known = submit.answer("sacct", "-n", "-X", "-P", "-D", *columns, "-j", array)
+    states = parse_accounting(known)
     return states | (parse_tasks(text) if code == 0 else {})
 
 

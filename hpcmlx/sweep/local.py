@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,11 +172,6 @@ def reason(log: Path) -> str:
     said = [line[8:] for line in lines if line.startswith("hpcmlx: ")]
     own = [line for line in said if not line.startswith((find_mpirun(), "mpirun was killed"))]
     return own[-1] if own else ""
-
-
-def launcher_argv(script: str, config: Path) -> list[str]:
-    """The command line of a point's launcher, or of its batch job's."""
-    return [sys.executable, str(Path(script).resolve()), f"--config={config}"]
 
 
 def lost(code: int) -> int:

@@ -170,6 +170,15 @@ def missing(sweep: Sweep, points: Sequence[Point]) -> list[Point]:
     return [point for point in points if completion(sweep.run_dir(point)) is None]
 
 
+def put_aside(run_dir: Path) -> None:
+    """Give what an earlier launch has left another name, for a job that begins anew."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        number = 1
+        while (aside := run_dir.with_name(f"{run_dir.name}.attempt{number}")).exists():
+            number += 1
+        run_dir.rename(aside)
+
+
 def state(sweep: Sweep, point: Point) -> str:
     """How it stands with a point, in a word or two."""
     record = completion(sweep.run_dir(point))

@@ -26,7 +26,17 @@ from hpcmlx.launch.hostfile import Host, parse_hostfile
 from hpcmlx.launch.mpirun import find_mpirun, num_cores
 from hpcmlx.rundir import LOCK, lock_run_dir, make_run_dir, reserve_run_dir
 from hpcmlx.sweep import array, local, plugins, search, table
-from hpcmlx.sweep.points import SWEEP, Point, Sweep, completion, exit_code, load_sweep, missing
+from hpcmlx.sweep.point import words
+from hpcmlx.sweep.points import (
+    SWEEP,
+    Point,
+    Sweep,
+    completion,
+    exit_code,
+    load_sweep,
+    missing,
+    put_aside,
+)
 from hpcmlx.sweep.points import metric as metric_of
 from hpcmlx.sweep.slots import Slots
 from hpcmlx.sweep.space import Space, read_space
@@ -160,13 +170,13 @@ class _Running:
     def _sweep(self) -> None:
         """Hydra: the sweeper makes points, the launcher hands them to `launch`."""
         kind = "slurm" if self._first.launch.kind == "slurm" else "mpirun"
-        words = [f"hydra/sweeper={self._space.sweeper}", f"hydra/launcher={kind}"]
-        words += ["hydra.sweeper.params=null"]  # they are among the overrides by now
+        own = [f"hydra/sweeper={self._space.sweeper}", f"hydra/launcher={kind}"]
+        own += ["hydra.sweeper.params=null"]  # they are among the overrides by now
         root = str(self._config_dir.resolve())
         # Hydra's sweeper leaves a file of its own, which says less than ours.
         with TemporaryDirectory() as unused, initialize_config_dir(root, version_base="1.3"):
-            words.append(config.quote("hydra.sweep.dir", unused))
-            overrides = [*self._space.overrides, *words]
+            own.append(config.quote("hydra.sweep.dir", unused))
+            overrides = [*self._space.overrides, *own]
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             how = {"with_log_configuration": False}
@@ -242,7 +252,7 @@ class _Running:
         for point in points:
             share = self.record.file(point, "hosts") if hostfile is not None else None
             path = self._write(point, str(share) if share else None)
-            argv = local.launcher_argv(self._script, path)
+            argv = [*words(self._job, self._script), str(path)]
             log = self.record.file(point, "log")
             task = local.Task(point.name, argv, self._num_ranks(point), log, share)
             tasks[point.name] = task
@@ -274,12 +284,8 @@ class _Running:
         """The configuration that the ranks of a point read."""
         run_dir = self.record.run_dir(point)
         settings = self._settings[point.name]
-        if not settings.RESUMABLE and run_dir.exists() and any(run_dir.iterdir()):
-            # It begins anew: what an earlier launch has left stays, under another name.
-            number = 1
-            while (aside := run_dir.with_name(f"{run_dir.name}.attempt{number}")).exists():
-                number += 1
-            run_dir.rename(aside)
+        if not settings.RESUMABLE:
+            put_aside(run_dir)
         ours = ("run_dir", "launch", "sweep")
         launch = replace(settings.launch, kind="mpirun", hostfile=hostfile)
         if launch.hosts is None and hostfile is not None:
