@@ -392,21 +392,21 @@ def test_an_array_is_followed_to_the_end_of_every_task(capsys):
     done, again = JobState("COMPLETED"), JobState("PENDING", "BeginTime")
     answers = [
         None,
-        {0: running, 1: again},
+        {0: running, 1: again, 3: again},  # 3 is cancelled, 2 is of no interest
         {0: done, 1: failed},  # seems over for a moment
         {0: done, 1: again},
         {1: running},
         {1: failed},
         {1: failed},
     ]
-    points = [Point("a", {}, ""), Point("b", {}, ""), None]
+    points = [Point("a", {}, ""), Point("b", {}, ""), None, Point("d", {}, "")]
     noted = []
     array.follow(
         *("10", points, lambda p: p.name == "a", lambda p, code, s: noted.append((p.name, code))),
         ask=lambda _: answers.pop(0),
         every=0,
     )
-    assert noted == [("a", 0), ("b", 70)] and not answers
+    assert noted == [("a", 0), ("d", 143), ("b", 70)] and not answers
     said = capsys.readouterr().err
     assert "b: task 10_1: PENDING (BeginTime)" in said and "b: task 10_1: FAILED" in said
 

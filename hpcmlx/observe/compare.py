@@ -120,7 +120,8 @@ def read_curves(path: Path) -> Curves:
 def differing(runs: Sequence[Run]) -> list[str]:
     """The settings that are not the same in all runs, in the order of the configuration."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    texts = {key: {json.dumps(run.settings.get(key)) for run in runs} for key in keys}
+    begun = [run for run in runs if run.settings]
+    texts = {key: {json.dumps(run.settings.get(key)) for run in begun} for key in keys}
     return [
         key for key in keys if len(texts[key]) > 1 and key.partition(".")[0] not in _NOT_COMPARED
     ]

@@ -168,8 +168,7 @@ def follow(
             for task in sorted(left):
                 point = points[task]
                 assert point is not None
-                # One that Slurm has forgotten ended long ago.
-                state = states.get(task, JobState("FORGOTTEN"))
+                state = states.get(task) or _gone(shown.get(task, ""))
                 over[task] = over.get(task, 0) + 1 if state.is_over else 0
                 if str(state) != shown.get(task) and not state.is_over:
                     shown[task] = str(state)
@@ -183,6 +182,12 @@ def follow(
                     note(point, code, None)
         if left:
             time.sleep(every)
+
+
+def _gone(shown: str) -> JobState:
+    """The state of a task of which Slurm says nothing: cancelled before it was one of its own, or
+    forgotten since it has ended."""
+    return JobState("CANCELLED" if shown.startswith("PENDING") else "FORGOTTEN")
 
 
 def array_states(array: str) -> dict[int, JobState] | None:

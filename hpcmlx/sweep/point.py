@@ -1,4 +1,4 @@
-"""The launcher of one point, in a process of its own: `python -m hpcmlx.sweep.point JOB SCRIPT FILE`.
+"""A point's launcher, a process of its own: `python -m hpcmlx.sweep.point JOB SCRIPT FILE`.
 
 It starts the mpirun of a configuration that the sweep has written, as `launch=mpirun` does for a
 single job, and needs no MLX for that. The sweep starts it, or a task of an array.
