@@ -419,15 +419,17 @@ class Wire:
 
 def evaluate(*arrays: Any) -> None:
     """`mx.eval` as an operation of the flight recorder: it runs what was planned in the graph."""
-    record = recorder.evaluation()
+    record, begin = recorder.evaluation(), time.perf_counter()
     mx.eval(*arrays)
+    recorder.evaluating += time.perf_counter() - begin
     recorder.end(record)
 
 
 def start_evaluation(*arrays: Any) -> None:
     """`mx.async_eval` likewise: it waits where too much is under way."""
-    record = recorder.evaluation()
+    record, begin = recorder.evaluation(), time.perf_counter()
     mx.async_eval(*arrays)
+    recorder.evaluating += time.perf_counter() - begin
     recorder.end(record)
 
 

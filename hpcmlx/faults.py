@@ -15,11 +15,13 @@ import time
 from hpcmlx.errors import ConfigError
 
 ENV = "HPCMLX_FAULT"
-KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv", "hang", "busy", "stop", "skip")
+KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv")
+KINDS += ("hang", "busy", "stop", "skip", "slow")
 #: What a step does to itself where it asks (`strikes`): a gradient that is no number, a bit of a
 #: parameter that flips.
 ASKED = ("nan", "flip")
 _SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
+_SLOW_SECONDS = 0.05
 _skip_next = False
 _SPEC = re.compile(rf"rank=(\d+),step=(\d+),kind=({'|'.join(KINDS + ASKED)})")
 
@@ -34,13 +36,16 @@ def strike(rank: int, step: int) -> None:
     Kinds: `exception` raises RuntimeError, `exit` and `exit0` call `sys.exit` with 3 and 0,
     `os_exit` ends the process with 1 past every handler, `kill` and `segv` send it the signal,
     `hang` sleeps for ever, `busy` computes for ever in Python, `stop` is SIGSTOP, `skip` leaves the
-    next collective out.
+    next collective out, `slow` takes 50 ms longer for this step and all later ones.
 
     Raises:
         ConfigError: the variable is not `rank=R,step=N,kind=KIND`.
     """
     kind = _due(rank, step)
     if kind is None or kind in ASKED:
+        return
+    if kind == "slow":
+        time.sleep(_SLOW_SECONDS)
         return
     # Not sys.stderr, which a progress bar may hold.
     print(f"injected fault: {kind} at step {step} of rank {rank}", file=sys.__stderr__, flush=True)
@@ -82,4 +87,5 @@ def _due(rank: int, step: int) -> str | None:
     if match is None:
         kinds = "|".join(KINDS + ASKED)
         raise ConfigError(f"{ENV}={text!a}: expected rank=R,step=N,kind={kinds}")
-    return match[3] if (rank, step) == (int(match[1]), int(match[2])) else None
+    due = step >= int(match[2]) if match[3] == "slow" else step == int(match[2])
+    return match[3] if due and rank == int(match[1]) else None

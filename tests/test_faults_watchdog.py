@@ -17,6 +17,7 @@ import pytest
 
 from hpcmlx import faults, flight
 from hpcmlx.comm import hostname
+from tests.finetune_runs import series
 from tests.fixtures import (
     WITHOUT_TORCH,
     Outcome,
@@ -149,6 +150,50 @@ def test_a_pause_changes_nothing(generate, tmp_path):
     assert not outcome.messages
     results = [(tmp_path / name / "results.jsonl").read_bytes() for name in ("clean", "run")]
     assert results[0] == results[1]
+
+
+# -- a rank that is slow --
+
+SLOW = {"pp": "generate", "tp": "generate", "dp": "finetune"}
+
+
+@pytest.fixture(scope="module")
+def slow(generate, finetune, folder) -> dict[str, Outcome]:
+    """The same jobs, clean and with rank 1 several times slower."""
+
+    def go(name: str) -> Outcome:
+        layout, kind = name.split("-")
+        line = [*(generate if SLOW[layout] == "generate" else finetune), f"parallel.{layout}=2"]
+        more = ["sampling.max_tokens=40"] if SLOW[layout] == "generate" else ["train.steps=24"]
+        where = f"run_dir={folder / name}"
+        env = WITHOUT_TORCH | ({faults.ENV: "rank=1,step=1,kind=slow"} if kind == "slow" else {})
+        return run(SLOW[layout], *line, *more, where, ranks=2, env=env, timeout=120)
+
+    names = [f"{layout}-{kind}" for layout in SLOW for kind in ("clean", "slow")]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(go, names), strict=True))
+
+
+@pytest.mark.parametrize("layout", SLOW)
+def test_a_slow_rank_is_named_and_changes_nothing(slow, folder, layout):
+    for kind in ("clean", "slow"):
+        assert_done(slow[f"{layout}-{kind}"], folder / f"{layout}-{kind}")
+    outcome, run_dir = slow[f"{layout}-slow"], folder / f"{layout}-slow"
+    [said] = [text for _, text in outcome.lines if "WARNING straggler" in text]
+    assert f"rank 1 on {hostname()} needs " in said
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["straggler"] == 1 and summary["straggler_reason"] is None
+    first, second = [rank["straggler_score"] for rank in summary["ranks"]]
+    assert second >= 2 > 1 > first
+    if SLOW[layout] == "generate":
+        results = [folder / f"{layout}-{kind}/results.jsonl" for kind in ("clean", "slow")]
+        assert results[0].read_bytes() == results[1].read_bytes()
+    else:
+        clean, late = (series(folder / f"{layout}-{kind}") for kind in ("clean", "slow"))
+        assert clean.keys() == late.keys() and all((clean[k] == late[k]).all() for k in clean)
+
+
+# -- killed from outside --
 
 
 def test_killed_from_outside_the_files_tell(generate, tmp_path):

@@ -29,6 +29,7 @@ from hpcmlx.inference.sampling import Sampler, SamplingParams
 from hpcmlx.inference.slots import Prefill, Row, Slot, Step
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
+from hpcmlx.observe.stragglers import Probe
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.parallel.dealer import Dealer
 from hpcmlx.parallel.link import StageLink
@@ -52,6 +53,8 @@ class Stats:
     Attributes:
         idle_seconds: waiting for other stages.
         host_seconds: the schedule itself: neither building nor running the model.
+        evaluating_seconds: in evaluations, waiting for the tensor-parallel group included.
+        probe_seconds: of a matrix product of this rank alone; None where nobody needs it.
         num_active: rows that decode now.
         stopped: the run was asked to end, and did before all rows were through.
     """
@@ -64,6 +67,8 @@ class Stats:
     decode_seconds: float = 0.0
     idle_seconds: float = 0.0
     host_seconds: float = 0.0
+    evaluating_seconds: float = 0.0
+    probe_seconds: float | None = None
     seconds: float = 0.0
     num_steps: int = 0
     num_active: int = 0
@@ -183,6 +188,7 @@ class Engine:
         shares = self.mesh.dims.dp * len(self.slots)
         self._places = min(self.batch_size, max(1, -(-len(requests) // shares)))
         num_rounds, self._warm = 0, (0.0, 0.0)
+        probe, evaluated = Probe(self.mesh.dims.tp > 1), recorder.evaluating
         vote = StopVote(self.mesh.replica)
         while self._work_left and not vote.ask(asked_to_stop()):
             for slot in self.slots:
@@ -190,9 +196,12 @@ class Engine:
                 self.stats.seconds = time.perf_counter() - begin
                 self.stats.idle_seconds = self.link.seconds_waiting
                 on_visit()
+                probe.look()
             num_rounds += 1
             if self._may_add_slot and num_rounds % _ROUNDS == 0:
                 self._look_at_waiting(num_rounds)
+        self.stats.evaluating_seconds = recorder.evaluating - evaluated
+        self.stats.probe_seconds = probe.seconds
         self._leave()
         vote.close()
         self.link.flush()

@@ -7,9 +7,10 @@ joules_per_token, exit; all of the launch that has written it.
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import mlx.core as mx
 
 from hpcmlx.comm import Communicator, hostname
 from hpcmlx.files import write_atomic
+from hpcmlx.observe import stragglers
 from hpcmlx.observe.energy import per_token
+from hpcmlx.observe.stragglers import Pace
 
 SUMMARY = "summary.json"
+
+_log = logging.getLogger(__name__)
 
 
 def peak_rss() -> int:
@@ -45,6 +50,7 @@ def write_summary(
     *,
     seconds: float,
     num_tokens: int | None,
+    pace: Pace | None = None,
 ) -> list[dict[str, Any]] | None:
     """Write `summary.json`; `finish_summary` completes its head. Collective.
 
@@ -53,13 +59,16 @@ def write_summary(
         per_rank: numbers of this rank; host and peak memory are added.
         seconds: that this launch has worked, without loading; rank 0's counts.
         num_tokens: generated, scored or trained on in that time; None: not counted.
+        pace: what this rank's time went into; None: no straggler is looked for.
 
     Returns:
         On rank 0 the table of ranks, elsewhere None.
     """
     mine = {"rank": world.rank, "host": hostname(), **per_rank, **peak_memory()}
-    ranks = world.gather(mine)
-    if ranks is not None:
+    gathered = world.gather((mine, pace))
+    ranks = None if gathered is None else [entry for entry, _ in gathered]
+    if gathered is not None and ranks is not None:
+        totals = {**totals, **_stragglers(ranks, [found for _, found in gathered])}
         rate = None if num_tokens is None else round(num_tokens / max(seconds, 1e-9), 3)
         head = {
             "job": None,
@@ -73,6 +82,27 @@ def write_summary(
         }
         _write(run_dir, {**head, **totals, "ranks": ranks})
     return ranks
+
+
+def _stragglers(ranks: Sequence[dict[str, Any]], paces: Sequence[Pace | None]) -> dict[str, Any]:
+    """Give every rank its score; who is far behind the others is named, here and in the log."""
+    known = [pace for pace in paces if pace is not None]
+    if len(known) < len(paces):
+        return {}
+    found, reason = stragglers.scores(known)
+    for entry, own, score in zip(ranks, stragglers.own_seconds(known), found, strict=True):
+        entry["own_seconds"] = round(own, 3)
+        entry["straggler_score"] = None if score is None else round(score, 2)
+    worst = stragglers.slowest(known, found)
+    if worst is not None:
+        _log.warning(
+            "straggler: rank %d on %s needs %.1f times as long for its part as the other ranks do; "
+            "look at that host, or give it less (parallel.tp_shares, parallel.pp_layers)",
+            worst,
+            ranks[worst]["host"],
+            found[worst],
+        )
+    return {"straggler": worst, "straggler_reason": reason}
 
 
 def finish_summary(run_dir: Path, job: str, energy: Mapping[str, Any], exit: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hpcmlx import comm, faults
 from hpcmlx.errors import IntegrityError
 from hpcmlx.flight import recorder
 from hpcmlx.mesh import Mesh
+from hpcmlx.observe.stragglers import Pace, Probe
 from hpcmlx.parallel.schedule import Action, schedule
 from hpcmlx.training.checkpoints.found import Found
 from hpcmlx.training.checkpoints.pieces import Piece
@@ -76,12 +77,21 @@ class Trainer:
         self._schedule, self._clip = schedule, clip_norm
         self._asked_to_stop = asked_to_stop
         optimizer.init(stages.parameters())
+        self._probe = Probe(mesh.dims.tp > 1)
+        self._num_steps, self._seconds, self._idle, self._evaluating = 0, 0.0, 0.0, 0.0
+
+    @property
+    def pace(self) -> Pace:
+        """What this rank's time went into, over all steps."""
+        group, probe = self.mesh.world.rank // self.mesh.dims.tp, self._probe.seconds
+        return Pace(group, self._seconds, self._idle, self._evaluating, probe, self._num_steps)
 
     # -- steps --
 
     def step(self, n: int, batches: Batches, dataset: Dataset) -> StepResult:
         """Update number `n`."""
-        begin, waited = time.perf_counter(), self._waited
+        self._probe.look()
+        begin, waited, evaluated = time.perf_counter(), self._waited, recorder.evaluating
         recorder.step = n + 1
         faults.strike(self.mesh.world.rank, n + 1)
         plan = batches.step(n)
@@ -91,13 +101,18 @@ class Trainer:
         gradients = self._sum.finish()
         if faults.strikes(self.mesh.world.rank, n + 1, "nan"):
             gradients = {name: g * mx.nan for name, g in gradients.items()}
+        agreed = time.perf_counter()
         norm, loss, stop, idle = self._agree(gradients, loss, waited)
+        agreeing = time.perf_counter() - agreed
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             self._update(n, gradients, norm)
         if faults.strikes(self.mesh.world.rank, n + 1, "flip"):
             self._flip_a_bit()
         seconds = time.perf_counter() - begin
+        self._num_steps, self._seconds = self._num_steps + 1, self._seconds + seconds
+        self._idle += self._waited - waited + agreeing
+        self._evaluating += recorder.evaluating - evaluated
         num_tokens = int(dataset.lengths[list(plan.ids)].sum())
         return StepResult(
             loss * scale, norm, not finite, stop > 0, num_tokens, seconds, idle / seconds

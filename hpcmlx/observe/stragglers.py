@@ -1,0 +1,118 @@
+"""Who holds the others up: how long each rank works on its own part, against the others.
+
+A rank's own time is what is left of its time when it does not wait for others. Stages and replicas
+know what they wait. Tensor-parallel ranks wait inside MLX's graph, where nobody can look: there the
+one that waits least gives the time of an evaluation, and a matrix product that every rank does for
+itself now and then (`Probe`) tells how much slower its device is than another's.
+`summary.write_summary` is the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import mlx.core as mx
+
+#: A rank that needs so many times as long as the others is named.
+TOO_SLOW = 2.0
+_SHORTEST = 1.0
+_PROBE_SECONDS, _PROBE_SIZE = 2.0, 256
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a rank's time went into.
+
+    Attributes:
+        tp_group: equal on the ranks of one tensor-parallel group.
+        seconds: all of it, from the first step to the last.
+        waiting: of these, for other stages and replicas.
+        evaluating: of these, in evaluations; with tensor parallelism, waiting for the group too.
+        probe: mean seconds of the probe; None: this rank has not done it.
+        work: tokens, or steps, that its replica has done in that time.
+    """
+
+    tp_group: int
+    seconds: float
+    waiting: float
+    evaluating: float
+    probe: float | None
+    work: int
+
+
+class Probe:
+    """Times a matrix product of this rank's own, beside what is under way."""
+
+    def __init__(self, enabled: bool, clock: Callable[[], float] = time.perf_counter):
+        self._enabled, self._clock = enabled, clock
+        self._next = -float("inf")
+        self._total, self._count = 0.0, 0
+        if enabled:
+            # Of its own: on the common one it would wait for the step that is under way, and that
+            # for the other ranks.
+            self._stream = mx.new_stream(mx.default_device())
+            self._matrix = mx.ones((_PROBE_SIZE, _PROBE_SIZE))
+            mx.eval(self._matrix)
+            self._product()  # the first one also compiles
+
+    def look(self) -> None:
+        """Measure if it is time."""
+        if not self._enabled or (begin := self._clock()) < self._next:
+            return
+        self._product()
+        end = self._clock()
+        self._total, self._count = self._total + end - begin, self._count + 1
+        self._next = end + _PROBE_SECONDS
+
+    @property
+    def seconds(self) -> float | None:
+        """The mean; None before the first one."""
+        return self._total / self._count if self._count else None
+
+    def _product(self) -> None:
+        mx.eval(mx.matmul(self._matrix, self._matrix, stream=self._stream))
+
+
+def own_seconds(paces: Sequence[Pace]) -> list[float]:
+    """What each rank has worked itself. Pure."""
+    found = []
+    for pace in paces:
+        group = [other for other in paces if other.tp_group == pace.tp_group]
+        probes = [other.probe for other in group if other.probe is not None]
+        computing = min(other.evaluating for other in group)
+        if len(group) > 1 and pace.probe is not None and len(probes) == len(group):
+            computing *= pace.probe / max(probes)
+        found.append(max(0.0, pace.seconds - pace.waiting - pace.evaluating + computing))
+    return found
+
+
+def scores(paces: Sequence[Pace]) -> tuple[list[float | None], str | None]:
+    """How many times as long as the median of the others each rank needs for a piece of work. Pure.
+
+    Returns:
+        One score a rank, 1 being like the others; where one is None, why.
+    """
+    if len(paces) < 2:
+        return [None] * len(paces), "one rank has none to be compared with"
+    per_work = [
+        own / pace.work if pace.work else None
+        for own, pace in zip(own_seconds(paces), paces, strict=True)
+    ]
+    found: list[float | None] = []
+    for rank, mine in enumerate(per_work):
+        others = [x for other, x in enumerate(per_work) if other != rank and x]
+        found.append(None if mine is None or not others else mine / median(others))
+    return found, "a replica has done no work" if None in found else None
+
+
+def slowest(paces: Sequence[Pace], found: Sequence[float | None]) -> int | None:
+    """The rank with the highest score, if that is `TOO_SLOW` or more. Pure. A run of less than a
+    second, of which the first steps are most, says nothing."""
+    if max((pace.seconds for pace in paces), default=0.0) < _SHORTEST:
+        return None
+    known = {rank: score for rank, score in enumerate(found) if score is not None}
+    rank = max(known, key=lambda rank: known[rank], default=None)
+    return rank if rank is not None and known[rank] >= TOO_SLOW else None
