@@ -69,7 +69,9 @@ class Pending:
         """Block until the transfer is complete; the array for a receive, None for a send."""
         if self._record is not None:
             recorder.wait(self._record)
+        begin = time.perf_counter()
         self._request.Wait()
+        recorder.waiting += time.perf_counter() - begin
         self._ended()
         if self._dtype is None:
             return None
@@ -217,7 +219,9 @@ class Communicator:
 
     def _recorded(self, op: str, call: Callable[..., Any], *args: Any) -> Any:
         record = recorder.collective(CODES[op], self._flight)
+        begin = time.perf_counter()
         result = call(*args)
+        recorder.waiting += time.perf_counter() - begin
         recorder.end(record)
         return result
 

@@ -21,7 +21,8 @@ KINDS += ("hang", "busy", "stop", "skip", "slow")
 #: parameter that flips.
 ASKED = ("nan", "flip")
 _SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
-_SLOW_SECONDS = 0.05
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.1, 2.0
+_last_step = 0.0
 _skip_next = False
 _SPEC = re.compile(rf"rank=(\d+),step=(\d+),kind=({'|'.join(KINDS + ASKED)})")
 
@@ -36,7 +37,8 @@ def strike(rank: int, step: int) -> None:
     Kinds: `exception` raises RuntimeError, `exit` and `exit0` call `sys.exit` with 3 and 0,
     `os_exit` ends the process with 1 past every handler, `kill` and `segv` send it the signal,
     `hang` sleeps for ever, `busy` computes for ever in Python, `stop` is SIGSTOP, `skip` leaves the
-    next collective out, `slow` takes 50 ms longer for this step and all later ones.
+    next collective out, `slow` makes this step and all later ones take three times as long, and
+    0.1 s longer at least.
 
     Raises:
         ConfigError: the variable is not `rank=R,step=N,kind=KIND`.
@@ -45,7 +47,11 @@ def strike(rank: int, step: int) -> None:
     if kind is None or kind in ASKED:
         return
     if kind == "slow":
-        time.sleep(_SLOW_SECONDS)
+        global _last_step
+        now = time.monotonic()
+        took = now - _last_step if _last_step else 0.0
+        time.sleep(min(max(2 * took, _SHORTEST_SLEEP), _LONGEST_SLEEP))
+        _last_step = time.monotonic()
         return
     # Not sys.stderr, which a progress bar may hold.
     print(f"injected fault: {kind} at step {step} of rank {rank}", file=sys.__stderr__, flush=True)

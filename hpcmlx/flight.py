@@ -74,13 +74,13 @@ class Recorder:
     Attributes:
         progress: grows with all that this rank gets done; only that it changes says something.
         step: what the rank is at (decode or training step); stamped into every record.
-        evaluating: seconds spent in evaluations.
+        evaluating, waiting: seconds spent in evaluations; in messages and control collectives.
         layer: of the model that the next planned operation belongs to; -1: not known.
     """
 
     def __init__(self) -> None:
         self.progress, self.step, self.layer = 0, 0, -1
-        self.evaluating = 0.0
+        self.evaluating = self.waiting = 0.0
         self.rank, self.size = 0, 1
         self._buffer: bytearray | mmap.mmap = bytearray(SIZE)
         self._count, self._newest = count(1), 0

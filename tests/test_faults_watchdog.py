@@ -164,10 +164,9 @@ def slow(generate, finetune, folder) -> dict[str, Outcome]:
     def go(name: str) -> Outcome:
         layout, kind = name.split("-")
         line = [*(generate if SLOW[layout] == "generate" else finetune), f"parallel.{layout}=2"]
-        more = ["sampling.max_tokens=40"] if SLOW[layout] == "generate" else ["train.steps=24"]
         where = f"run_dir={folder / name}"
         env = WITHOUT_TORCH | ({faults.ENV: "rank=1,step=1,kind=slow"} if kind == "slow" else {})
-        return run(SLOW[layout], *line, *more, where, ranks=2, env=env, timeout=120)
+        return run(SLOW[layout], *line, where, ranks=2, env=env, timeout=120)
 
     names = [f"{layout}-{kind}" for layout in SLOW for kind in ("clean", "slow")]
     with ThreadPoolExecutor(2) as pool:

@@ -42,6 +42,8 @@ _GREEDY = SamplingParams()
 _JOIN_SHARE = 8
 # A prefix may take one part in so many of the KV memory.
 _PREFIX_SHARE = 4
+# Looks at this rank's own speed, before the first step and after the last.
+_PROBES = 3
 # Rounds over all slots for which the stages' waiting is watched, and how much of it is too much.
 _ROUNDS, _TOO_IDLE = 8, 0.1
 
@@ -54,6 +56,7 @@ class Stats:
         idle_seconds: waiting for other stages.
         host_seconds: the schedule itself: neither building nor running the model.
         evaluating_seconds: in evaluations, waiting for the tensor-parallel group included.
+        waiting_seconds: in all messages, idle_seconds among them.
         probe_seconds: of a matrix product of this rank alone; None where nobody needs it.
         num_active: rows that decode now.
         stopped: the run was asked to end, and did before all rows were through.
@@ -68,6 +71,7 @@ class Stats:
     idle_seconds: float = 0.0
     host_seconds: float = 0.0
     evaluating_seconds: float = 0.0
+    waiting_seconds: float = 0.0
     probe_seconds: float | None = None
     seconds: float = 0.0
     num_steps: int = 0
@@ -188,7 +192,10 @@ class Engine:
         shares = self.mesh.dims.dp * len(self.slots)
         self._places = min(self.batch_size, max(1, -(-len(requests) // shares)))
         num_rounds, self._warm = 0, (0.0, 0.0)
-        probe, evaluated = Probe(self.mesh.dims.tp > 1), recorder.evaluating
+        probe = Probe(self.mesh.dims.tp > 1)
+        evaluated, waited = recorder.evaluating, recorder.waiting
+        for _ in range(_PROBES):
+            probe.look(now=True)
         vote = StopVote(self.mesh.replica)
         while self._work_left and not vote.ask(asked_to_stop()):
             for slot in self.slots:
@@ -196,13 +203,15 @@ class Engine:
                 self.stats.seconds = time.perf_counter() - begin
                 self.stats.idle_seconds = self.link.seconds_waiting
                 on_visit()
-                probe.look()
             num_rounds += 1
             if self._may_add_slot and num_rounds % _ROUNDS == 0:
                 self._look_at_waiting(num_rounds)
         self.stats.evaluating_seconds = recorder.evaluating - evaluated
-        self.stats.probe_seconds = probe.seconds
+        self.stats.waiting_seconds = recorder.waiting - waited
         self._leave()
+        for _ in range(_PROBES):  # in the state that the work has put the device into
+            probe.look(now=True)
+        self.stats.probe_seconds = probe.seconds
         vote.close()
         self.link.flush()
         self._dealer.close()

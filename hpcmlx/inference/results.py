@@ -184,7 +184,7 @@ def summarize(
     pace = Pace(
         mesh.world.rank // mesh.dims.tp,
         stats.seconds,
-        stats.idle_seconds,
+        stats.waiting_seconds,
         stats.evaluating_seconds,
         stats.probe_seconds,
         stats.prompt_tokens - stats.cached_tokens + stats.generated_tokens,

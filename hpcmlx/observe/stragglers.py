@@ -44,23 +44,25 @@ class Pace:
 
 
 class Probe:
-    """Times a matrix product of this rank's own, beside what is under way."""
+    """Times a matrix product of this rank's own. Only where no evaluation is under way: behind one
+    it would wait for the other ranks, whatever stream it is on."""
 
     def __init__(self, enabled: bool, clock: Callable[[], float] = time.perf_counter):
         self._enabled, self._clock = enabled, clock
         self._next = -float("inf")
         self._total, self._count = 0.0, 0
         if enabled:
-            # Of its own: on the common one it would wait for the step that is under way, and that
-            # for the other ranks.
-            self._stream = mx.new_stream(mx.default_device())
             self._matrix = mx.ones((_PROBE_SIZE, _PROBE_SIZE))
             mx.eval(self._matrix)
             self._product()  # the first one also compiles
 
-    def look(self) -> None:
-        """Measure if it is time."""
-        if not self._enabled or (begin := self._clock()) < self._next:
+    def look(self, now: bool = False) -> None:
+        """Measure if it is time.
+
+        Args:
+            now: it is.
+        """
+        if not self._enabled or ((begin := self._clock()) < self._next and not now):
             return
         self._product()
         end = self._clock()
@@ -73,7 +75,7 @@ class Probe:
         return self._total / self._count if self._count else None
 
     def _product(self) -> None:
-        mx.eval(mx.matmul(self._matrix, self._matrix, stream=self._stream))
+        mx.eval(mx.matmul(self._matrix, self._matrix))
 
 
 def own_seconds(paces: Sequence[Pace]) -> list[float]:
