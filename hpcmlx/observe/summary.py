@@ -65,10 +65,9 @@ def write_summary(
         On rank 0 the table of ranks, elsewhere None.
     """
     mine = {"rank": world.rank, "host": hostname(), **per_rank, **peak_memory()}
-    gathered = world.gather((mine, pace))
-    ranks = None if gathered is None else [entry for entry, _ in gathered]
-    if gathered is not None and ranks is not None:
-        totals = {**totals, **_stragglers(ranks, [found for _, found in gathered])}
+    ranks = world.gather({**mine, "pace": pace})
+    if ranks is not None:
+        totals = {**totals, **_stragglers(ranks, [entry.pop("pace") for entry in ranks])}
         rate = None if num_tokens is None else round(num_tokens / max(seconds, 1e-9), 3)
         head = {
             "job": None,
