@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from hpcmlx.errors import ConfigError
 from hpcmlx.mesh import Mesh

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from hpcmlx.flight import recorder
 from hpcmlx.errors import IntegrityError, StorageError
+from hpcmlx.flight import recorder
 from hpcmlx.parallel.partition import Interval
 
 Bytes = npt.NDArray[np.uint8]

@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from hpcmlx.flight import recorder
 from hpcmlx.errors import ConfigError, IntegrityError
+from hpcmlx.flight import recorder
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.adapter_files import open_adapter
 from hpcmlx.models.adapters import attach
