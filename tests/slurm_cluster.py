@@ -21,11 +21,9 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures import ROOT, WITHOUT_TORCH, Running, job_line
+from tests.fixtures import WITHOUT_TORCH, Running, job_line
+from tests.ssh_hosts import INSTALL, TOOLS, bring_up
 
-TOOLS = Path(os.environ.get("HPCMLX_TOOLS", ROOT.parent / "shared/tools"))
-# Set where packages may be installed, as on a machine that only tests: else their lack is a skip.
-INSTALL = "HPCMLX_TEST_INSTALL" in os.environ
 #: Of the hosts' names; another one lets two runs of the tests share a machine.
 PREFIX = os.environ.get("HPCMLX_TEST_PREFIX", "slurm")
 
@@ -123,7 +121,7 @@ def cluster() -> Iterator[Cluster]:
     ) as keeper:
         try:
             for line in up:
-                subprocess.run(line, check=True, timeout=300, stdout=subprocess.DEVNULL)
+                bring_up(line, "a real Slurm")
             yield Cluster(folder)
         finally:
             keeper.stdin.close()

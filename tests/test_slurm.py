@@ -14,7 +14,7 @@ from tests.fixtures import ROOT, WITHOUT_TORCH, assert_done, save_model, stored_
 from tests.slurm_cluster import PREFIX, job_id, until
 from tests.slurm_cluster import cluster as cluster
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 STEPS = 150
 
 
