@@ -6,6 +6,7 @@ carries a mark in its environment, so that a test can tell whether one of them h
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,6 +322,24 @@ def assert_refused(
     assert outcome.after(message) < GRACE
     assert_nothing_left(outcome, run_dir)
     return message
+
+
+def assert_marked(
+    faults: Mapping[int, Sequence[str]], here: str, plain: Collection[int] = ()
+) -> None:
+    """The tests that a table names are there, and are marked as faults.
+
+    Args:
+        faults: number of the fault -> tests of module `here`, and of others as module.test.
+        plain: numbers whose tests need no mark.
+    """
+    for number, names in faults.items():
+        for name in names:
+            module, _, function = name.rpartition(".")
+            home = importlib.import_module(f"tests.{module or here}")
+            marks = [getattr(place, "pytestmark", []) for place in (home, getattr(home, function))]
+            found = {m.name for mark in marks for m in (mark if isinstance(mark, list) else [mark])}
+            assert number in plain or "fault" in found, f"{name} is not marked"
 
 
 def assert_nothing_left(outcome: Outcome, run_dir: Path | None) -> None:

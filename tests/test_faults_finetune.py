@@ -8,7 +8,6 @@ what becomes of each fault of the project's table; the numbers are the table's.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -42,6 +41,7 @@ from tests.fixtures import (
     Outcome,
     Running,
     assert_done,
+    assert_marked,
     assert_nothing_left,
     assert_refused,
     rank_pid,
@@ -95,13 +95,7 @@ ROWS_IN = [
 
 def test_every_fault_has_its_test():
     assert FAULTS.keys() == MUST_HOLD
-    for number, names in FAULTS.items():
-        for name in names:
-            module, _, function = name.rpartition(".")
-            home = importlib.import_module(f"tests.{module or 'test_faults_finetune'}")
-            marks = [getattr(place, "pytestmark", []) for place in (home, getattr(home, function))]
-            found = {m.name for mark in marks for m in (mark if isinstance(mark, list) else [mark])}
-            assert number in PLAIN or "fault" in found, f"{name} is not marked"
+    assert_marked(FAULTS, "test_faults_finetune", PLAIN)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ becomes of each fault of the project's table; the numbers are the table's.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from hpcmlx.inference.store import ROWS, RowStore, recover
 from tests.fixtures import (
     GRACE,
     assert_done,
+    assert_marked,
     assert_nothing_left,
     assert_refused,
     copy_model,
@@ -98,13 +98,7 @@ MANY_STEPS = 12  # of any launch that has all rows before it
 
 def test_every_fault_has_its_test():
     assert FAULTS.keys() == MUST_HOLD
-    for name in (name for names in FAULTS.values() for name in names):
-        module, _, function = name.rpartition(".")
-        home = importlib.import_module(f"tests.{module or 'test_faults_generate'}")
-        places = home, getattr(home, function)
-        marks = [getattr(place, "pytestmark", []) for place in places]
-        found = {m.name for mark in marks for m in (mark if isinstance(mark, list) else [mark])}
-        assert "fault" in found, f"{name} is not marked"
+    assert_marked(FAULTS, "test_faults_generate")
 
 
 @pytest.fixture(scope="module")

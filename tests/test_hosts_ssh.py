@@ -101,6 +101,7 @@ def texts(run_dir: Path) -> list[tuple[str, str]]:
 # -- jobs --
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("layout", ["parallel.pp=3", "parallel.tp=3 parallel.tp_shares=[2,1,1]"])
 def test_rows_are_those_of_one_process(hosts, generating, rows, layout):
     """And what the layout says must travel does so over the links."""
@@ -144,6 +145,7 @@ def under_mpirun(hosts: Hosts, job: str, *arguments: str, timeout: float = 120) 
     )
 
 
+@pytest.mark.fault
 def test_the_link_bench_names_the_slow_host(hosts):
     run_dir = hosts.folder / "link"
     outcome = under_mpirun(hosts, "bench", "link", "--seconds", "0.05", "--run-dir", str(run_dir))

@@ -21,6 +21,7 @@ COMMANDS = [
     if re.match(r"(mpirun .*)?python jobs/(generate|evaluate|finetune)\.py", line)
     and "resume=" not in line  # of a run that there is not
 ]
+SWEPT = re.compile(r"^hydra/|=.*(,|interval)")
 SCHEMAS = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
@@ -41,6 +42,8 @@ def test_command_fits_its_hosts_and_its_layout(command):
     overrides = words[at + 1 :]
     if overrides == ["--help"]:
         return
+    if "-m" in overrides:  # of a sweep, what its points have in common
+        overrides = [o for o in overrides if "=" in o and not SWEPT.search(o)]
     settings = compose(SCHEMAS[job], ROOT / "conf", job, overrides)
     needed = settings.parallel.dp * settings.parallel.pp * settings.parallel.tp
     if "-hostfile" in words:

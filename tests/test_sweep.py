@@ -318,6 +318,15 @@ def test_points_that_fit_run_at_once_and_one_that_fails_stops_no_other(tmp_path)
     assert (tmp_path / "a.log").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_rank_of_points_that_run_at_once_takes_one_core(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    tasks = [shell(tmp_path, n, "echo $OPENBLAS_NUM_THREADS") for n in ("a", "b")]
+    run_tasks(tasks, Slots([Host("localhost", 2)]), None, lambda t, c, s: None)
+    assert (tmp_path / "b.log").read_text() == "1\n"
+    run_tasks(tasks[:1], Slots([Host("localhost", 2)]), None, lambda t, c, s: None)
+    assert (tmp_path / "a.log").read_text() == "1\n\n"  # alone it has all of them
+
+
 def test_points_run_one_after_another_where_that_is_asked_for(tmp_path):
     script = "[ ! -e busy ] || exit 1; touch busy; sleep 0.2; rm busy"
     codes = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from hpcmlx import orphans
+from hpcmlx.blas import THREADS
 from hpcmlx.errors import ExitCode
 from hpcmlx.launch.mpirun import find_mpirun
 from hpcmlx.rundir import CLAIM_ENV
@@ -119,6 +120,8 @@ def run_tasks(
         env[orphans.SWEEP_ENV] = lifeline
         if len(tasks) > 1 and limit != 1:
             env.setdefault(_UNBOUND, "none")
+            # A core a rank: each would start a thread for every core, and they would spin.
+            env.setdefault(THREADS, "1")
         while waiting or signals.children:
             for task in list(waiting):
                 if signals.ended_by or (limit and len(signals.children) >= limit):

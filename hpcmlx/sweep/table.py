@@ -30,12 +30,14 @@ def rows(sweep: Sweep, points: Sequence[Point]) -> list[list[str]]:
 
 
 def best_point(sweep: Sweep, points: Sequence[Point]) -> Point | None:
-    """Of the points with a metric the one where it is best; None of fewer than two."""
+    """Of the points with a metric the one where it is best; None where all have the same."""
     known = [(metric(sweep.run_dir(p), sweep.metric), p) for p in points]
     values = [(value, p) for value, p in known if value is not None]
     values = [(value, p) for value, p in values if completion(sweep.run_dir(p)) and value == value]
     sign = -1 if sweep.direction == "maximize" else 1
-    return min(values, key=lambda pair: sign * pair[0])[1] if len(values) > 1 else None
+    if len({value for value, _ in values}) < 2:
+        return None
+    return min(values, key=lambda pair: sign * pair[0])[1]
 
 
 def show(sweep: Sweep, points: Sequence[Point], out: TextIO) -> None:
