@@ -234,7 +234,8 @@ class Watchdog:
         with suppress(OSError):
             write_autopsy(path, verdict, sightings, rank, self._timeout)
             where = f"; see {path}"
-        self._say(f"no progress: {verdict.line}{where}; start the job again")
+        advice = "start the job again, or raise watchdog.timeout if it was only slow"
+        self._say(f"no progress: {verdict.line}{where}; {advice}")
         threading.Thread(target=self._last_resort, daemon=True).start()
         self._on_stall(int(ExitCode.LOST_PEER), f"no progress: {verdict.line}")
         self._world.abort(ExitCode.LOST_PEER, flush=False)
