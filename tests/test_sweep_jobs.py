@@ -17,7 +17,7 @@ from hpcmlx.observe.metrics import read_metrics
 from tests.fixtures import WITHOUT_TORCH, Outcome, Running, job_line, run_line, write_rows
 from tests.fixtures import model as model
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 PATIENCE = 240  # seconds for a whole sweep: a job takes about three on a quiet machine
 
 
@@ -132,7 +132,7 @@ def test_nothing_is_left_of_a_sweep_that_is_ended(tuning, folder, number):
     running = Running(job_line("finetune", "-m", *words), folder, WITHOUT_TORCH)
     wait_until(running, lambda: list(path.glob("rank=*/metrics.csv")))
     running.process.send_signal(number)
-    outcome = running.wait(60, patience=30)
+    outcome = running.wait(180, patience=30)
     assert not outcome.survivors
     assert not list(path.glob("*/completed.json")) and not (path / "rank=8").exists()
     if number == signal.SIGINT:
