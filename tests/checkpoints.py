@@ -42,7 +42,7 @@ class ThreadWorld:
     def barrier(self) -> None:
         self.allgather(None)
 
-    def split(self, color: int, key: int, graph: bool = False):
+    def split(self, color: int, key: int, graph: bool = False, name: str = ""):
         colors = self.allgather(color)
         members = [rank for rank, other in enumerate(colors) if other == color]
         shared = self.allgather(meeting(len(members)))[members[0]]
