@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,7 +215,8 @@ def test_killed_from_outside_the_files_tell(generate, tmp_path):
     assert told.returncode == 0, told.stderr
     said = told.stdout.partition("the files say: ")[2].splitlines()[0]
     assert f"rank 1 on {hostname()} has not sent what rank 0 waits for" in said
-    assert "rank 1 is in no operation at step 3" in said
+    # Which step it had come to is noted with an operation, and about once a second.
+    assert re.search("rank 1 is in no operation at step [23]", said)
     assert "recv" in said and "group replica" in told.stdout
 
 
