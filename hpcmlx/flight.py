@@ -1,6 +1,6 @@
 """What this rank did last: a ring of its last operations in a file that outlives the process.
 
-`comm.py` and those who evaluate record every operation's begin and end; the file is memory that the
+`comm/` and those who evaluate record every operation's begin and end; the file is memory that the
 kernel keeps, so it can be read after any death of the process, `kill -9` included. Collectives
 inside MLX's graph have no hook at run time: they are recorded as planned when the graph is built,
 the evaluation that runs them as an operation of its own. `watchdog.py` looks at `progress`.

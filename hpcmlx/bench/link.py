@@ -20,7 +20,8 @@ from rich.console import Console
 from hpcmlx import comm, jaccl
 from hpcmlx.bench import link_measure, link_picture, link_table
 from hpcmlx.bench.link_file import FILE, Links, write_links
-from hpcmlx.comm import BareMPI, Communicator
+from hpcmlx.comm import Communicator
+from hpcmlx.comm.bare import BareMPI
 from hpcmlx.doctor.facts import Facts, collect, from_dict
 from hpcmlx.doctor.together import host_addresses, links, meet
 from hpcmlx.errors import ExitCode, HpcmlxError, UsageError

@@ -12,7 +12,8 @@ from time import perf_counter
 import mlx.core as mx
 import numpy as np
 
-from hpcmlx.comm import BareMPI, Communicator
+from hpcmlx.comm import Communicator
+from hpcmlx.comm.bare import BareMPI
 
 #: Bytes that each rank gives to a collective.
 SIZES = (8, 64, 512, 4 << 10, 32 << 10, 256 << 10, 2 << 20, 16 << 20, 64 << 20)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from hpcmlx import comm
 from hpcmlx.errors import InputError, OutputError
 from hpcmlx.training.data.dataset import open_dataset
 from hpcmlx.training.data.examples import ExampleSettings
@@ -27,7 +28,7 @@ def tokenizer(shared, world):
 @pytest.fixture
 def own_host(world, monkeypatch):
     """Every rank on a host of its own."""
-    monkeypatch.setattr(comm, "hostname", lambda: f"host{world.rank}")
+    monkeypatch.setattr(socket, "gethostname", lambda: f"host{world.rank}")
 
 
 def test_one_rank_tokenizes_for_all(world, shared, tokenizer, on_root):
