@@ -29,7 +29,7 @@ from hpcmlx.inference.sampling import Sampler, SamplingParams
 from hpcmlx.inference.slots import Prefill, Row, Slot, Step
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
-from hpcmlx.observe.stragglers import Probe
+from hpcmlx.observe.stragglers import Pace
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.parallel.dealer import Dealer
 from hpcmlx.parallel.link import StageLink
@@ -42,8 +42,6 @@ _GREEDY = SamplingParams()
 _JOIN_SHARE = 8
 # A prefix may take one part in so many of the KV memory.
 _PREFIX_SHARE = 4
-# Looks at this rank's own speed, before the first step and after the last.
-_PROBES = 3
 # Rounds over all slots for which the stages' waiting is watched, and how much of it is too much.
 _ROUNDS, _TOO_IDLE = 8, 0.1
 
@@ -55,9 +53,7 @@ class Stats:
     Attributes:
         idle_seconds: waiting for other stages.
         host_seconds: the schedule itself: neither building nor running the model.
-        evaluating_seconds: in evaluations, waiting for the tensor-parallel group included.
-        waiting_seconds: in all messages, idle_seconds among them.
-        probe_seconds: of a matrix product of this rank alone; None where nobody needs it.
+        pace: what this rank's time went into, where the caller has measured it.
         num_active: rows that decode now.
         stopped: the run was asked to end, and did before all rows were through.
     """
@@ -70,9 +66,7 @@ class Stats:
     decode_seconds: float = 0.0
     idle_seconds: float = 0.0
     host_seconds: float = 0.0
-    evaluating_seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    probe_seconds: float | None = None
+    pace: Pace | None = None
     seconds: float = 0.0
     num_steps: int = 0
     num_active: int = 0
@@ -192,10 +186,6 @@ class Engine:
         shares = self.mesh.dims.dp * len(self.slots)
         self._places = min(self.batch_size, max(1, -(-len(requests) // shares)))
         num_rounds, self._warm = 0, (0.0, 0.0)
-        probe = Probe(self.mesh.dims.tp > 1)
-        evaluated, waited = recorder.evaluating, recorder.waiting
-        for _ in range(_PROBES):
-            probe.look(now=True)
         vote = StopVote(self.mesh.replica)
         while self._work_left and not vote.ask(asked_to_stop()):
             for slot in self.slots:
@@ -206,12 +196,7 @@ class Engine:
             num_rounds += 1
             if self._may_add_slot and num_rounds % _ROUNDS == 0:
                 self._look_at_waiting(num_rounds)
-        self.stats.evaluating_seconds = recorder.evaluating - evaluated
-        self.stats.waiting_seconds = recorder.waiting - waited
         self._leave()
-        for _ in range(_PROBES):  # in the state that the work has put the device into
-            probe.look(now=True)
-        self.stats.probe_seconds = probe.seconds
         vote.close()
         self.link.flush()
         self._dealer.close()

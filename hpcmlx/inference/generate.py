@@ -36,6 +36,7 @@ from hpcmlx.observe import gantt
 from hpcmlx.observe.memory import default_kv_budget
 from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.observe.status import RankReport, State, StatusWriter
+from hpcmlx.observe.stragglers import Meter
 from hpcmlx.observe.timeline import OFF, Timeline
 from hpcmlx.rundir import MANIFEST, check_room
 from hpcmlx.settings import GenerateConfig
@@ -143,7 +144,10 @@ def answer(
     timeline.align(mesh.world)
     with recorder:
         begin = time.perf_counter()
-        stats = engine.run(work.requests, recorder.on_row, recorder.on_visit, asked_to_stop)
+        with Meter(mesh) as meter:
+            stats = engine.run(work.requests, recorder.on_row, recorder.on_visit, asked_to_stop)
+        computed = stats.prompt_tokens - stats.cached_tokens + stats.generated_tokens
+        stats.pace = meter.pace(computed)
         stats.stopped = bool(mesh.world.sum_numbers([stats.stopped])[0])
         seconds = time.perf_counter() - begin
         if stats.stopped:

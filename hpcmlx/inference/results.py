@@ -28,7 +28,6 @@ from hpcmlx.inference.request import InputRow
 from hpcmlx.inference.rows import RowError, RowResult
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.loader import LoadedModel
-from hpcmlx.observe.stragglers import Pace
 from hpcmlx.observe.summary import write_summary
 
 RESULTS, ERRORS, COLUMNS = "results.jsonl", "errors.jsonl", "results.h5"
@@ -181,15 +180,7 @@ def summarize(
     }
     head = totals or {"layout": str(mesh.dims)}
     tokens = totals["this_launch"]["generated_tokens"] if totals else None
-    pace = Pace(
-        mesh.world.rank // mesh.dims.tp,
-        stats.seconds,
-        stats.waiting_seconds,
-        stats.evaluating_seconds,
-        stats.probe_seconds,
-        stats.prompt_tokens - stats.cached_tokens + stats.generated_tokens,
-    )
-    cost = {"seconds": seconds, "num_tokens": tokens, "pace": pace}
+    cost = {"seconds": seconds, "num_tokens": tokens, "pace": stats.pace}
     write_summary(mesh.world, run_dir, head, per_rank, **cost)
     return totals or None
 

@@ -16,10 +16,14 @@ from statistics import median
 
 import mlx.core as mx
 
+from hpcmlx.flight import recorder
+from hpcmlx.mesh import Mesh
+
 #: A rank that needs so many times as long as the others is named.
 TOO_SLOW = 2.0
 _SHORTEST = 1.0
 _PROBE_SECONDS, _PROBE_SIZE = 2.0, 256
+_PROBES = 3  # before a block that is measured, and after it
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,37 @@ class Probe:
 
     def _product(self) -> None:
         mx.eval(mx.matmul(self._matrix, self._matrix))
+
+
+class Meter:
+    """What this rank's time goes into while a block runs; a context manager. Before and after it no
+    evaluation may be under way."""
+
+    def __init__(self, mesh: Mesh):
+        self._group = mesh.world.rank // mesh.dims.tp
+        self._probe = Probe(mesh.dims.tp > 1)
+
+    def __enter__(self) -> Meter:
+        self._look()
+        self._evaluating, self._waiting = recorder.evaluating, recorder.waiting
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._seconds = time.perf_counter() - self._begin
+        self._evaluating = recorder.evaluating - self._evaluating
+        self._waiting = recorder.waiting - self._waiting
+        if kind is None:
+            self._look()  # in the state that the work has put the device into
+
+    def pace(self, work: int) -> Pace:
+        """After the block, in which the rank's replica has done `work`."""
+        times = self._seconds, self._waiting, self._evaluating, self._probe.seconds
+        return Pace(self._group, *times, work)
+
+    def _look(self) -> None:
+        for _ in range(_PROBES):
+            self._probe.look(now=True)
 
 
 def own_seconds(paces: Sequence[Pace]) -> list[float]:
