@@ -12,7 +12,7 @@ from hpcmlx.errors import ConfigError
 from hpcmlx.launch import mpirun, options
 from hpcmlx.launch.chips import GIB, bandwidth_of
 from hpcmlx.launch.describe import Cluster, Description, parse_description, read_cluster
-from hpcmlx.launch.hostfile import Host
+from hpcmlx.launch.hostfile import Host, parse_hostfile
 from hpcmlx.launch.network import check_interface, interface_options
 from hpcmlx.launch.placement import RankHost, Seat, crowded, fill, rank_names, share
 from hpcmlx.settings import LaunchConfig
@@ -255,7 +255,19 @@ def test_in_an_allocation_the_description_has_the_interface(tmp_path):
     text = "a: {interface: 10.0.1.0/24}\nb: {interface: 10.0.1.0/24}\n"
     launch = LaunchConfig(hosts=write(tmp_path, text, "x.yaml"))
     for environ, expected in (({"SLURM_JOB_ID": "7"}, "10.0.1.0/24"), ({}, None)):
-        assert options.choose_options(launch, 2, [], {"a"}, 2, environ).interface == expected
+        found = options.choose_options(launch, 4, [], {"a"}, 2, environ)
+        # Slurm has given the ranks cores; without it four ranks share the two of this host.
+        assert (found.interface, found.oversubscribe) == (expected, not environ)
+
+
+def test_a_host_that_gets_no_rank_has_no_say_in_the_interface(tmp_path):
+    said = "interface=10.0.1.0/24"
+    lines = f"a slots=1 # {said}\nb slots=1 # {said}\nc slots=1 # interface=10.0.2.0/24\n"
+    launch = LaunchConfig(hostfile=write(tmp_path, lines))
+    hosts = parse_hostfile(launch.hostfile)
+    assert options.choose_options(launch, 2, hosts, {"a"}, 2, {}).interface == "10.0.1.0/24"
+    with pytest.raises(ConfigError, match=r"different interfaces.*c: 10\.0\.2\.0/24"):
+        options.choose_options(launch, 3, hosts, {"a"}, 2, {})
 
 
 def test_names_of_variables_only():

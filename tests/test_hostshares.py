@@ -12,7 +12,7 @@ import pytest
 from hpcmlx.errors import ConfigError
 from hpcmlx.launch.chips import GIB
 from hpcmlx.launch.placement import RankHost, RankHosts
-from hpcmlx.models.balance import stage_layers
+from hpcmlx.models.balance import Balance, stage_layers
 from hpcmlx.parallel.dataflow import LOGITS
 from hpcmlx.parallel.hostshares import (
     default_shares,
@@ -172,3 +172,38 @@ def test_a_stage_must_fit_its_host_with_embedding_and_head(tied):
         layers(49, 69)
     total = "100 B" if tied else "120 B"
     assert f"take {total}, the stages have room for 49 B, 69 B (75% of" in str(caught.value)
+
+
+def balance(pp: int, *ranks: tuple[str, float | None, float | None], **given) -> Balance:
+    """Of the model of `flow_of`, on hosts of (name, GB/s, bytes)."""
+    made = tuple(RankHost(*rank) for rank in ranks)
+    mesh = SimpleNamespace(
+        dims=SimpleNamespace(pp=pp, tp=1, dp=1), hosts=RankHosts("macs.yaml", made)
+    )
+    return Balance(mesh, flow_of(8, tied=False)[1], given.get("shares"), given.get("layers"))
+
+
+def test_the_memory_of_hosts_bounds_their_stages():
+    flow, _ = flow_of(8, tied=False)
+
+    def layers(chunks: int, *bounds: float) -> list[int]:
+        ranks = [
+            (name, speed, n / 0.75) for name, speed, n in zip("ab", (9, 1), bounds, strict=True)
+        ]
+        ranges = balance(2, *ranks).stage_layers(8, 2 * chunks, flow)
+        return [stop - start for start, stop in ranges]
+
+    assert layers(1, 1000, 1000) == [7, 1]
+    assert layers(1, 50, 71) == [3, 5]
+    # A host with two chunks has half of its room for each: 40 are two layers and the embedding.
+    assert layers(2, 1000, 1000) == [3, 1, 3, 1]
+    assert layers(2, 80, 1000)[0] == 2
+    with pytest.raises(ConfigError, match=r"no cut into 2 stages fits.*room for 66 B, 56 B"):
+        layers(1, 65.6, 55.6)
+
+
+def test_a_model_that_does_not_fit_is_refused_where_nothing_is_left_to_choose():
+    with pytest.raises(ConfigError, match=r"take 120 B, but a have room for 90 B"):
+        balance(1, ("a", 100, 120))
+    balance(1, ("a", 100, 160))
+    balance(1, ("a", 100, 120), shares=[1.0])  # whoever gives shares knows best

@@ -86,6 +86,7 @@ def test_one_fast_cable_makes_nobody_slow():
 def test_hosts_that_differ_a_little_are_not_slow():
     noise = np.random.default_rng(0).uniform(0.7, 1.3, (8, 8))
     assert slow_links(matrix(8, 50 * US, {}) * noise, matrix(8, 118 * MB, {}) * noise) == []
+    assert slow_links(matrix(4, 50 * US, {(1,): 200 * US}), matrix(4, 118 * MB, {})) == []
 
 
 def test_of_two_hosts_none_is_slow():
@@ -98,6 +99,8 @@ def test_only_one_direction_is_slow():
     found = slow_links(matrix(4, 50 * US, {}), bandwidth)
     assert [(s.host, s.way) for s in found] == [(2, "sending")]
     assert "is slow in sending: 11 MB/s to a, b and d" in describe(found[0], "abcd", [""] * 4)
+    found = slow_links(matrix(4, 50 * US, {}), bandwidth.T)
+    assert [(s.host, s.way) for s in found] == [(2, "receiving")]
 
 
 def test_a_late_host_is_named_once():

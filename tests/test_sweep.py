@@ -97,16 +97,24 @@ def test_what_has_no_place_in_a_sweep(override, error, words):
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "where",
-    ["callbacks: {a: %s}", "sweeper: %s", "launcher: %s", "sweeper: {params: {a: 1}, b: %s}"],
+    ("where", "argument", "words"),
+    [
+        ("callbacks: {a: %s}", ", self: %s/bad", "cannot name code"),
+        # Of these Hydra knows the arguments, and refuses others; without any our check is left.
+        ("sweeper: %s", ", self: %s/bad", "Key 'self' not in"),
+        ("launcher: %s", ", self: %s/bad", "Key 'self' not in"),
+        ("sweeper: {params: {a: 1}, b: %s}", ", self: %s/bad", "Key 'b' not in"),
+        ("sweeper: %s", "", "hydra.sweeper._target_=pathlib.Path.mkdir.*cannot name code"),
+        ("launcher: %s", "", "hydra.launcher._target_=pathlib.Path.mkdir.*cannot name code"),
+    ],
 )
-def test_code_that_a_file_names_is_not_called(tmp_path, where):
+def test_code_that_a_file_names_is_not_called(tmp_path, where, argument, words):
     """Fault 43: Hydra would call what its own settings name."""
-    target = f"{{_target_: pathlib.Path.mkdir, self: {tmp_path}/bad}}"
+    target = f"{{_target_: pathlib.Path.mkdir{argument and argument % tmp_path}}}"
     text = f"input: x\nmodel: {{path: m}}\nhydra: {{{where % target}}}\n"
     (tmp_path / "generate.yaml").write_text(text)
     (tmp_path / "generate.py").touch()
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=words):
         run_sweep(
             *("generate", str(tmp_path / "generate.py"), GenerateConfig, tmp_path),
             CommandLine(("sampling.seed=1,2", f"sweep.dir={tmp_path}/s"), multirun=True),
