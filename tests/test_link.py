@@ -252,5 +252,7 @@ def test_two_ranks_of_one_host(tmp_path):
     )
     assert "JACCL: " in outcome.out and "no other link to compare with" in outcome.out
     assert (tmp_path / "run/link.png").read_bytes().startswith(b"\x89PNG")
+    planned = link_plan.report(tmp_path / "run/link.h5", None, 8, 64, 2)
+    assert "pp1_tp1" in planned and "-" in planned.split("pp1_tp1")[1]
     alone = run_line(line)
     assert alone.code == 2 and "mpirun" in alone.err

@@ -115,7 +115,7 @@ class Costs:
         so small a message: each round waits for the worst of its links. That is scaled by what all
         hosts together were measured to take.
         """
-        return self._calibration * self._rounds(tuple(sorted(hosts)))
+        return self._calibration * self._rounds(tuple(sorted(hosts))) if len(hosts) > 1 else 0.0
 
     def send(self, source: int, dest: int, num_bytes: int) -> float:
         """Seconds of one message: its latency, and its bytes at the link's speed."""
@@ -133,8 +133,6 @@ class Costs:
         return hops + self.send(stages[-1][0], stages[0][0], 4)
 
     def _rounds(self, hosts: tuple[int, ...]) -> float:
-        if len(hosts) == 1:
-            return 0.0
         pairs = itertools.permutations(hosts, 2)
         worst = max(self.send(a, b, self.model.num_bytes) for a, b in pairs)
         return math.ceil(math.log2(len(hosts))) * worst
