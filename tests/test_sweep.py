@@ -19,7 +19,14 @@ import yaml
 
 from hpcmlx import config
 from hpcmlx.config import CommandLine, FinetuneConfig, GenerateConfig
-from hpcmlx.errors import ConfigError, ExitCode, IntegrityError, OutputError, UsageError
+from hpcmlx.errors import (
+    ConfigError,
+    ExitCode,
+    IntegrityError,
+    LostPeerError,
+    OutputError,
+    UsageError,
+)
 from hpcmlx.launch.hostfile import Host
 from hpcmlx.launch.mpirun import find_mpirun
 from hpcmlx.launch.submit import JobState
@@ -462,6 +469,36 @@ def test_the_script_of_an_array(tmp_path, monkeypatch):
     assert (tmp_path / "key=b/claim").read_text() == "slurm-7-1"
     assert not (tmp_path / "key=a/claim").exists()
     assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
+
+
+def test_an_array_that_is_under_way_is_followed_before_anything_of_it_is_touched(
+    tmp_path, monkeypatch
+):
+    """A point is made ready, its directory put aside, only once no task is at work in it."""
+    sweep = sweep_of(tmp_path, a=None, b=None, c=None)
+    sweep.array, sweep.tasks = "10", ["key=a", "key=b"]
+    words = [*GIVEN, "launch=slurm", "launch.slurm.follow=false"]
+    settings = config.compose(GenerateConfig, CONF, "generate", words)
+    answers = [None, {0: JobState("RUNNING"), 1: JobState("FAILED")}]
+    answers += [dict.fromkeys((0, 1), JobState("FAILED"))] * 2
+    monkeypatch.setattr(array, "array_states", lambda _: answers.pop(0))
+    monkeypatch.setattr(array.submit, "require_sbatch", lambda: None)
+    monkeypatch.setattr(array.submit, "sbatch", lambda _: "11")
+    done = []
+
+    def start() -> int:
+        return array.run_array(
+            *(sweep, sweep.points, SCRIPT, 1, settings),
+            lambda point: done.append(f"write {point.name}"),
+            lambda point, code, seconds: done.append(f"end {point.name}"),
+        )
+
+    with pytest.raises(LostPeerError, match="array 10 of an earlier launch.*scontrol show job 10"):
+        start()
+    assert not done
+    assert start() == 0
+    assert done == ["end key=a", "end key=b", "write key=c"]
+    assert (sweep.array, sweep.tasks) == ("11", ["key=c"])
 
 
 # -- a search --

@@ -65,6 +65,7 @@ def run_array(
     script: str,
     num_ranks: int,
     settings: JobConfig,
+    write: Callable[[Point], object],
     note: Note,
 ) -> int:
     """Submit the points as one array and, unless it is not to be followed, wait for its end. Where
@@ -72,6 +73,7 @@ def run_array(
 
     Args:
         num_ranks: of the largest point.
+        write: makes a point ready, which nothing may be at work on any more.
         note: called with the exit code of every point that has ended.
 
     Returns:
@@ -95,6 +97,8 @@ def run_array(
         points = [point for point in points if point.name not in tried]
         if not points:
             return 0
+    for point in points:
+        write(point)
     number = 1
     while (listing := sweep.path / f"array-{number}.txt").exists():
         number += 1
@@ -203,8 +207,18 @@ def array_states(array: str) -> dict[int, JobState] | None:
 
 
 def is_under_way(array: str) -> bool:
-    """Whether any task of an array may still do something."""
-    return not all(state.is_over for state in (array_states(array) or {}).values())
+    """Whether any task of an array may still do something.
+
+    Raises:
+        LostPeerError: Slurm does not answer.
+    """
+    states = array_states(array)
+    if states is None:
+        raise LostPeerError(
+            f"Slurm does not answer about array {array} of an earlier launch, which may still be "
+            f"under way: start the sweep again once `scontrol show job {array}` answers"
+        )
+    return not all(state.is_over for state in states.values())
 
 
 def parse_tasks(text: str) -> dict[int, JobState]:

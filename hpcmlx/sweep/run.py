@@ -269,14 +269,13 @@ class _Running:
 
     def run_on_slurm(self, points: Sequence[Point]) -> int:
         """All points an array; the signal that ended the following of it, else 0."""
-        for point in points:
-            self._write(point, None)
         return array.run_array(
             self.record,
             points,
             self._script,
             max(map(self._num_ranks, points)),
             self._first,
+            lambda point: self._write(point, None),
             self._note,
         )
 
