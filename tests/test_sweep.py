@@ -31,7 +31,7 @@ from hpcmlx.launch.hostfile import Host
 from hpcmlx.launch.mpirun import find_mpirun
 from hpcmlx.launch.submit import JobState
 from hpcmlx.sweep import array, plugins, search, table
-from hpcmlx.sweep.local import Task, run_tasks
+from hpcmlx.sweep.local import Task, reason, run_tasks
 from hpcmlx.sweep.points import Point, Sweep, exit_code, load_sweep, missing, point_name, state
 from hpcmlx.sweep.run import run_sweep
 from hpcmlx.sweep.slots import Slots
@@ -385,6 +385,18 @@ def test_ranks_of_points_that_run_at_once_are_not_bound_to_the_same_core(tmp_pat
     if sys.platform == "linux":
         for task in tasks:
             assert task.log.read_text().split("\n")[0] == str(sorted(os.sched_getaffinity(0)))
+
+
+def test_why_a_point_failed(tmp_path, monkeypatch):
+    """Also on a login node, which may have no mpirun, or another one than the log is of."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    log = tmp_path / "log"
+    said = ["'/a b/mpirun' -n 2 /p /j.py", "rank 1 on x: it broke", "/c/mpirun -n 2 /p /j.py"]
+    log.write_text("".join(f"hpcmlx: {t}\n" for t in [*said, "mpirun was killed by signal 9"]))
+    assert reason(log) == said[1]
+    log.write_text(f"hpcmlx: {said[0]}\nnothing else\n")
+    assert reason(log) == reason(tmp_path / "absent") == ""
 
 
 # -- arrays of Slurm --

@@ -7,6 +7,7 @@ passes signals on to mpirun and judges by the completion record, as it does for 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,6 @@ from types import FrameType, TracebackType
 from hpcmlx import orphans
 from hpcmlx.blas import THREADS
 from hpcmlx.errors import ExitCode
-from hpcmlx.launch.mpirun import find_mpirun
 from hpcmlx.rundir import CLAIM_ENV
 from hpcmlx.sweep.slots import Slots
 
@@ -173,7 +173,8 @@ def reason(log: Path) -> str:
     except OSError:
         return ""
     said = [line[8:] for line in lines if line.startswith("hpcmlx: ")]
-    own = [line for line in said if not line.startswith((find_mpirun(), "mpirun was killed"))]
+    # Neither the line that mpirun was started with, nor that it was killed: ranks know why.
+    own = [line for line in said if not re.match(r"\S.*/mpirun'? -n \d|mpirun was killed", line)]
     return own[-1] if own else ""
 
 
