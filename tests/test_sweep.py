@@ -30,7 +30,7 @@ from hpcmlx.errors import (
 from hpcmlx.launch.hostfile import Host
 from hpcmlx.launch.mpirun import find_mpirun
 from hpcmlx.launch.submit import JobState
-from hpcmlx.sweep import array, plugins, search, table
+from hpcmlx.sweep import array, plugins, run, search, table
 from hpcmlx.sweep.local import Task, reason, run_tasks
 from hpcmlx.sweep.points import Point, Sweep, exit_code, load_sweep, missing, point_name, state
 from hpcmlx.sweep.run import run_sweep
@@ -159,6 +159,16 @@ def test_all_points_can_be_shown(tmp_path, capsys, monkeypatch):
     shown = list(yaml.safe_load_all(capsys.readouterr().out))
     assert [cfg["sampling"]["seed"] for cfg in shown if cfg] == [1, 2]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_point_that_is_asked_for_twice_is_run_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        run._Running, "run_here", lambda self, points: asked.extend(p.name for p in points) or 0
+    )
+    command = CommandLine((*GIVEN, "sampling.seed=1,2,1", f"sweep.dir={tmp_path}/s"), multirun=True)
+    run_sweep("generate", SCRIPT, GenerateConfig, CONF, command)
+    assert asked == ["seed=1", "seed=2"]
 
 
 def test_a_saved_configuration_is_read_alone(tmp_path):

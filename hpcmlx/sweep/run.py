@@ -200,9 +200,10 @@ class _Running:
         if self._showing:
             return [None for _ in points]
         self._asked += [p for p in points if p not in self._asked]
-        left = missing(self.record, points)
+        # A search may ask for one point twice at once.
+        left = missing(self.record, list({p.name: p for p in points}.values()))
         runnable = [p for p in left if p.name in self._settings]
-        already = len(points) - len(left)
+        already = sum(p not in left for p in points)
         note = f", {already} of them complete" if already else ""
         self._say(f"{len(points)} points{note}; {self.record.path}")
         self.record.save()
