@@ -14,13 +14,10 @@ something has to be done first, else 0.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import NoReturn
 
-from hpcmlx import comm
-from hpcmlx.comm import Communicator
+from hpcmlx.comm import run_tool
 from hpcmlx.doctor.visit import check_connections, visit
-from hpcmlx.errors import ExitCode, HpcmlxError
 
 
 def main() -> NoReturn:
@@ -31,20 +28,13 @@ def main() -> NoReturn:
     parser.add_argument("--run-dir", help="where doctor.json goes; a new one in runs/ by default")
     parser.add_argument("--write", metavar="FILE", help="YAML file that says what the hosts are")
     args = parser.parse_args()
-    world = Communicator()
-    try:
+    told = {"description": args.write, "hostfile": args.hostfile}
+
+    def connect() -> None:
         if args.hostfile:
             check_connections(args.hostfile)
-        world = comm.init()
-        code = visit(world, args.run_dir, description=args.write, hostfile=args.hostfile)
-    except HpcmlxError as error:
-        where = f"rank {world.rank} on {comm.hostname()}: " if world.size > 1 else ""
-        print(f"doctor: {where}{error}", file=sys.stderr)
-        world.abort(error.exit_code)
-    except BaseException:  # whatever ends one rank must end them all
-        sys.excepthook(*sys.exc_info())
-        world.abort(ExitCode.INTERNAL)
-    comm.finalize(code)
+
+    run_tool("doctor", lambda world: visit(world, args.run_dir, **told), before=connect)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from rich.console import Console
 from hpcmlx import comm, jaccl
 from hpcmlx.bench import link_measure, link_picture, link_table
 from hpcmlx.bench.link_file import FILE, Links, write_links
-from hpcmlx.comm import Communicator
+from hpcmlx.comm import Communicator, run_tool
 from hpcmlx.comm.bare import BareMPI
 from hpcmlx.doctor.facts import Facts, collect, from_dict
 from hpcmlx.doctor.together import host_addresses, links, meet
-from hpcmlx.errors import ExitCode, HpcmlxError, UsageError
+from hpcmlx.errors import UsageError
 from hpcmlx.extras import require
 from hpcmlx.files import write_atomic
 from hpcmlx.rundir import make_run_dir, reserve_run_dir
@@ -41,32 +41,26 @@ def run(run_dir: str | None, seconds: float) -> NoReturn:
         run_dir: where `link.h5` and the pictures go; None for a new directory under `runs`.
         seconds: to spend on each number.
     """
-    world = Communicator()
-    try:
-        world = comm.init()
-        if world.size == 1:
-            raise UsageError("a link has two ends: mpirun -hostfile FILE python jobs/bench.py link")
-        if world.rank == 0:
-            require("matplotlib", "plot", "a picture of the links", "measure on a host that has it")
-        place = None
-        if world.rank == 0:
-            made = make_run_dir(run_dir) if run_dir else None
-            place = made or reserve_run_dir("link", f"ranks{world.size}")
-        place = world.bcast(place)
-        found = measure(world, place, seconds)
-        if world.rank == 0:
-            write_links(place / FILE, found)
-            write_atomic(place / "link.png", link_picture.draw(found))
-            link_table.show(found, Console())
-            print(f"\n{place / FILE}", file=sys.stderr)
-    except HpcmlxError as error:
-        where = f"rank {world.rank} on {comm.hostname()}: " if world.size > 1 else ""
-        print(f"bench: {where}{error}", file=sys.stderr)
-        world.abort(error.exit_code)
-    except BaseException:  # whatever ends one rank must end them all
-        sys.excepthook(*sys.exc_info())
-        world.abort(ExitCode.INTERNAL)
-    comm.finalize(0)
+    run_tool("bench", lambda world: _run(world, run_dir, seconds))
+
+
+def _run(world: Communicator, run_dir: str | None, seconds: float) -> int:
+    if world.size == 1:
+        raise UsageError("a link has two ends: mpirun -hostfile FILE python jobs/bench.py link")
+    if world.rank == 0:
+        require("matplotlib", "plot", "a picture of the links", "measure on a host that has it")
+    place = None
+    if world.rank == 0:
+        made = make_run_dir(run_dir) if run_dir else None
+        place = made or reserve_run_dir("link", f"ranks{world.size}")
+    place = world.bcast(place)
+    found = measure(world, place, seconds)
+    if world.rank == 0:
+        write_links(place / FILE, found)
+        write_atomic(place / "link.png", link_picture.draw(found))
+        link_table.show(found, Console())
+        print(f"\n{place / FILE}", file=sys.stderr)
+    return 0
 
 
 def measure(world: Communicator, run_dir: Path, seconds: float) -> Links:

@@ -8,7 +8,14 @@ buffers. Every operation is recorded in this process's flight recorder.
 
 from hpcmlx.comm.communicator import Communicator, Pending, hostname
 from hpcmlx.comm.evaluation import evaluate, start_evaluation
-from hpcmlx.comm.startup import finalize, find_libmpi, init, launched_by_mpi, start_backend
+from hpcmlx.comm.startup import (
+    finalize,
+    find_libmpi,
+    init,
+    launched_by_mpi,
+    run_tool,
+    start_backend,
+)
 from hpcmlx.comm.unawaited import Counter, Mailbox, Wire
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "hostname",
     "init",
     "launched_by_mpi",
+    "run_tool",
     "start_backend",
     "start_evaluation",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
 
 from hpcmlx.comm.communicator import Communicator, hostname
-from hpcmlx.errors import UsageError
+from hpcmlx.errors import ExitCode, HpcmlxError, UsageError
 from hpcmlx.flight import recorder
 
 _world: Communicator | None = None
@@ -107,6 +108,32 @@ def find_libmpi() -> str:
         if (folder / name).exists():
             return str(folder / name)
     return name
+
+
+def run_tool(
+    name: str, work: Callable[[Communicator], int], before: Callable[[], None] = lambda: None
+) -> NoReturn:
+    """Run a tool on every rank and end them all with its exit code; whatever ends one rank ends the
+    others. Jobs, which have a configuration and a run directory, go through `job.run_job`.
+
+    Args:
+        name: in front of error messages.
+        work: gets the world.
+        before: is done first, without MPI.
+    """
+    world = Communicator()
+    try:
+        before()
+        world = init()
+        code = work(world)
+    except HpcmlxError as error:
+        where = f"rank {world.rank} on {hostname()}: " if world.size > 1 else ""
+        print(f"{name}: {where}{error}", file=sys.stderr)
+        world.abort(error.exit_code)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        world.abort(ExitCode.INTERNAL)
+    finalize(code)
 
 
 def finalize(code: int) -> NoReturn:
