@@ -36,9 +36,8 @@ CODES = {name: code for code, name in enumerate(OPS)}
 PLANNED = ("all_sum", "all_gather")
 
 _MAGIC = b"hpcmlxF1"
-# magic, rank, size, pid; clock and wall clock at the same moment; clock, progress, step at the
-# watchdog's last look.
-_HEAD = struct.Struct("<8sIIII qd qQq")
+# magic, rank, size, pid; at the watchdog's last look: clock, wall clock, progress, step
+_HEAD = struct.Struct("<8sIIIxxxxqdQq")
 _COUNTS, _NUM_GROUPS = 128, 32  # collectives and planned ones of each group, u32 each
 _PAIR = struct.Struct("<II")
 _TEXT, _RING = 512, 4096
@@ -114,7 +113,11 @@ class Recorder:
         self.look()
 
     def group(self, name: str, members: Sequence[int]) -> Group:
-        """Begin the sequences of a new group of world ranks."""
+        """Begin the sequences of a group of world ranks, or go on with them where the same ranks
+        had a group of that name before."""
+        for known in self.groups:
+            if (known.name, known.members) == (name, tuple(members)):
+                return known
         group = Group(name, members, min(len(self.groups), 255))
         self.groups.append(group)
         self._write_text()
@@ -215,7 +218,7 @@ class Recorder:
             self.progress += 1
         wall, now = time.time(), time.monotonic_ns()
         _HEAD.pack_into(
-            self._buffer, 0, _MAGIC, self.rank, self.size, os.getpid(), 0, now, wall, now,
+            self._buffer, 0, _MAGIC, self.rank, self.size, os.getpid(), now, wall,
             self.progress, self.step,
         )  # fmt: skip
         for group in self.groups[:_NUM_GROUPS]:
@@ -355,7 +358,7 @@ def parse(data: bytes) -> Flight:
     """
     if len(data) != SIZE or data[:8] != _MAGIC:
         raise ValueError("not a flight file")
-    _, rank, size, pid, _, clock, wall, alive, progress, step = _HEAD.unpack_from(data)
+    _, rank, size, pid, clock, wall, progress, step = _HEAD.unpack_from(data)
     text = json.loads(data[_TEXT:_RING].rstrip(b"\0"))
     names = [(g["name"], _members(g["members"])) for g in text["groups"]]
     counts = {
@@ -384,7 +387,7 @@ def parse(data: bytes) -> Flight:
         elif record.peer is None and record.group:
             counts[record.key] = max(collectives, record.seq), planned
     times = [t for r in records for t in (r.begin, r.waiting, r.end) if t is not None]
-    now = max([alive / 1e9, *times])
+    now = max([clock / 1e9, *times])
     step = max([step, *(r.step for r in records)])
     return Flight(
         rank, size, pid, text["host"], now, wall + now - clock / 1e9, progress, step, counts,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,6 +65,57 @@ def test_the_last_256_operations_are_kept():
     assert read.waits_in is None
 
 
+def test_an_end_that_comes_late_is_not_anothers():
+    recorder = Recorder()
+    group = recorder.group("world", range(2))
+    first = recorder.collective(CODES["barrier"], group)
+    for _ in range(NUM_RECORDS):
+        last = recorder.collective(CODES["barrier"], group)
+        if last != first + NUM_RECORDS:  # which has its place
+            recorder.end(last)
+    recorder.end(first)
+    assert parse(recorder.snapshot()).waits_in.index == last
+
+
+def test_what_was_begun_since_the_last_look_counts(tmp_path, monkeypatch):
+    """A killed rank's file holds operations that its watchdog has not seen."""
+    recorder = Recorder()
+    group = recorder.group("tp", range(2))
+    path = tmp_path / "flight/rank0.bin"
+    recorder.open(path, 0, 2)
+    before = flight.read(path)
+    now = time.monotonic_ns() + 3_000_000_000
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+    recorder.step = 12
+    recorder.plan(CODES["all_sum"], group, 8)
+    recorder.collective(CODES["barrier"], group)
+    read = flight.read(path)
+    assert read.counts == {("tp", (0, 1)): (1, 1)} and read.step == 12
+    assert read.now == now / 1e9 and read.wall - before.wall == pytest.approx(3, abs=0.1)
+
+
+def test_a_group_that_is_made_again_goes_on():
+    recorder = Recorder()
+    first, again = (recorder.group("host", [0, 1]) for _ in range(2))
+    for group in (first, recorder.group("host", [0, 2]), again):
+        recorder.end(recorder.collective(CODES["barrier"], group))
+    read = parse(recorder.snapshot())
+    assert read.counts == {("host", (0, 1)): (2, 0), ("host", (0, 2)): (1, 0)}
+    assert [r.seq for r in read.records if r.members == (0, 1)] == [1, 2]
+
+
+def test_a_digest_has_the_newest_operation():
+    recorder = Recorder()
+    group = recorder.group("world", range(2))
+    for op in ("bcast", "barrier"):
+        recorder.collective(CODES[op], group)
+    recorder.look()
+    told, whole = flight.from_digest(recorder.digest()), parse(recorder.snapshot())
+    assert told.records == whole.records[-1:] and told.counts == whole.counts
+    assert (told.host, told.pid) == (whole.host, os.getpid())
+    assert len(recorder.digest()) < 1000
+
+
 def test_large_groups_and_many_of_them_fit():
     recorder = Recorder()
     recorder.group("world", range(0, 30_000, 3))
@@ -84,6 +136,22 @@ def test_something_else_is_refused(tmp_path):
     (tmp_path / "flight/rank0.bin").write_bytes(b"x")
     with pytest.raises(InputError, match="rank0.bin cannot be read"):
         read_run(tmp_path)
+
+
+def test_files_of_one_launch_are_read(tmp_path):
+    """One of a rank that ended long before the others; one of an earlier launch of more ranks."""
+    for rank, size in ((0, 2), (1, 2), (5, 8)):
+        recorder = Recorder()
+        recorder.open(flight.file_of(tmp_path, rank), rank, size)
+        if rank == 0:
+            monotonic, wall = time.monotonic_ns, time.time
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(time, "time", lambda: wall() + 60)  # noqa: B023
+                patch.setattr(time, "monotonic_ns", lambda: monotonic() + 60 * 10**9)  # noqa: B023
+                recorder.look()
+    seen = read_run(tmp_path)
+    assert seen.keys() == {0, 1}
+    assert seen[0].silent is None and seen[1].silent == pytest.approx(60, abs=5)
 
 
 KILLED = """
@@ -283,6 +351,25 @@ def test_who_has_planned_less():
     assert "rank 0 waits in since" in found.line
 
 
+def test_who_has_planned_as_much_but_does_not_evaluate():
+    ranks = world(2, tp=[0, 1])
+    for rank in ranks:
+        rank.plans(0, 1, step=3)
+    ranks[0].evaluates()
+    found = verdict(ranks)
+    assert (found.kind, found.culprits) == ("behind", (1,))
+    assert "has not joined all_sum 2 of group tp" in found.line
+
+
+def test_the_one_that_waits_longest_is_quoted():
+    ranks = world(3)
+    for rank in (0, 2):
+        ranks[rank].does("barrier", blocks=True)
+    seen = {rank.rank: rank.seen() for rank in ranks}
+    seen[2] = replace(seen[2], flight=replace(seen[2].flight, now=seen[2].flight.now + 60))
+    assert "which rank 2 waits in since 60." in judge(seen).line
+
+
 def test_silence_comes_first():
     ranks = world(2, tp=[0, 1])
     ranks[0].plans(0, 1, step=3).evaluates()
@@ -313,6 +400,24 @@ def test_one_of_three_that_differs():
     found = verdict(ranks)
     assert (found.kind, found.culprits) == ("desync", (2,))
     assert "has not joined bcast 2" in found.line and "went on to gather 2" in found.line
+
+
+def test_one_of_three_that_gives_another_size():
+    ranks = world(3)
+    for rank in ranks:
+        group = rank.groups["world"]
+        rank.recorder.collective(CODES["sum_numbers"], group, 16 if rank.rank == 1 else 8)
+    assert (verdict(ranks).kind, verdict(ranks).culprits) == ("desync", (1,))
+
+
+def test_one_that_skips_where_all_layers_are_alike():
+    ranks = world(2, tp=[0, 1])
+    for step in range(3, 7):
+        ranks[0].plans(0, 0, step=step)
+        ranks[1].plans(*[0, 0][: 1 if step == 4 else 2], step=step)
+    found = verdict([rank.evaluates() for rank in ranks])
+    assert (found.kind, found.culprits) == ("desync", (1,))
+    assert "has not joined all_sum 4 of group tp (2304 bytes, step 4, layer 0)" in found.line
 
 
 def test_two_that_differ_are_told_by_how_it_went_before():

@@ -73,6 +73,9 @@ def test_the_probe_is_done_now_and_then():
     for _ in range(12):  # every look costs 0.25 s, a probe 0.25 s more and then 2 s of nothing
         probe.look()
     assert probe.seconds == 0.25 and now < 4
+    before = now
+    probe.look(now=True)
+    assert now - before == 0.5  # whether it was time or not
     off = Probe(False, clock)
     off.look()
     assert off.seconds is None

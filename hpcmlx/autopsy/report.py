@@ -81,7 +81,8 @@ def _line(record: flight.Record, now: float) -> str:
 
 
 def read_run(run_dir: Path) -> dict[int, Sighting]:
-    """The ranks as their files show them; for the verdict.
+    """The ranks as their files show them; for the verdict. An earlier launch's of more ranks may
+    have left files, too.
 
     Raises:
         InputError: there is no flight file, or one is damaged.
@@ -97,10 +98,12 @@ def read_run(run_dir: Path) -> dict[int, Sighting]:
             f"{run_dir} has no {flight.FOLDER}/rank*.bin: give the run directory of a job, on a "
             "host where it ran"
         )
-    newest = max(own.wall for own in flights)
+    newest = max(flights, key=lambda own: own.wall)
     found = {}
     for own in flights:
-        lapse = newest - own.wall
+        if own.rank >= newest.size:
+            continue
+        lapse = newest.wall - own.wall
         found[own.rank] = Sighting(own, lapse if lapse > _LAPSE else None, 0.0)
     return dict(sorted(found.items()))
 

@@ -213,7 +213,7 @@ def _count(seen: Sighting, key: Key) -> tuple[int, int]:
 
 def _desync(sightings: Mapping[int, Sighting]) -> Verdict | None:
     """The first operation of a group that is not the same on all ranks that know of it."""
-    for key in {key for seen in sightings.values() for key in seen.flight.counts}:
+    for key in dict.fromkeys(key for seen in sightings.values() for key in seen.flight.counts):
         for planned in (False, True):
             sequences = {
                 rank: dict(_sequence(sightings[rank].flight, key, planned))
