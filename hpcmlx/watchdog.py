@@ -23,7 +23,7 @@ from hpcmlx import comm, flight
 from hpcmlx.autopsy.report import AUTOPSY, stacks_file, write_autopsy
 from hpcmlx.autopsy.verdict import Sighting, judge
 from hpcmlx.comm import Communicator, Wire
-from hpcmlx.errors import ExitCode, OutputError
+from hpcmlx.errors import ExitCode, HpcmlxError, OutputError
 from hpcmlx.flight import Flight, recorder
 
 #: In a world of more ranks only so many, evenly spaced, hear of the others and judge.
@@ -141,12 +141,9 @@ class Watchdog:
         self._seen = Heard(range(self._world.size), 0.0)
         said_bye = False
         while not self._alarm:
-            # Where even this thread cannot run, because another keeps the interpreter's lock.
-            alone = self._wire is None
-            faulthandler.dump_traceback_later(
-                self._timeout + _LAST_RESORT if alone else 0.9 * self._timeout,
-                exit=alone, file=self._stacks,
-            )  # fmt: skip
+            # Where even this thread cannot run, because another keeps the interpreter's lock. Only
+            # the stacks: this timer goes on while the process is stopped, and must not end it then.
+            faulthandler.dump_traceback_later(0.9 * self._timeout, file=self._stacks)
             recorder.look()
             clock.tick()
             self._rounds += 1
@@ -179,7 +176,7 @@ class Watchdog:
                 rounds, since = self._rounds, clock.now
             if clock.now - since > self._timeout + 2 * _LAST_RESORT:
                 faulthandler.dump_traceback(self._stacks)
-                self._say("the watchdog cannot send messages any more")
+                self._say("the watchdog stands still inside MPI; start the job again")
                 os._exit(ExitCode.LOST_PEER)
             time.sleep(1.0)
 
@@ -225,18 +222,19 @@ class Watchdog:
         if self._wire is not None:
             mine = _HEAD.pack(_EVIDENCE, recorder.progress) + place.encode() + b"\0"
             self._send_to_all(mine + self._evidence[rank][1])
-            self._wait_for_evidence(_PATIENCE)
+            self._wait_for_evidence(now)
         if min(self._evidence) != rank:  # who speaks ends the job; unless it cannot
             time.sleep(_LAST_RESORT)
+        # Whatever goes wrong from here on, a full disk or one that hangs.
+        threading.Thread(target=self._last_resort, daemon=True).start()
         verdict = judge(sightings := self._sightings(now))
         path = self._run_dir / AUTOPSY
         where = ""
-        with suppress(OSError):
+        with suppress(HpcmlxError):
             write_autopsy(path, verdict, sightings, rank, self._timeout)
             where = f"; see {path}"
         advice = "start the job again, or raise watchdog.timeout if it was only slow"
         self._say(f"no progress: {verdict.line}{where}; {advice}")
-        threading.Thread(target=self._last_resort, daemon=True).start()
         self._on_stall(int(ExitCode.LOST_PEER), f"no progress: {verdict.line}")
         self._world.abort(ExitCode.LOST_PEER, flush=False)
 
@@ -246,12 +244,12 @@ class Watchdog:
             if rank != self._wire.rank:
                 self._wire.post(rank, data)
 
-    def _wait_for_evidence(self, patience: float) -> None:
-        """Until all have told or `patience` is over."""
+    def _wait_for_evidence(self, now: float) -> None:
+        """Until all have told or the patience is over."""
         assert self._wire is not None
-        end = time.monotonic() + patience
+        end = time.monotonic() + _PATIENCE
         while len(self._evidence) < self._wire.size and time.monotonic() < end:
-            self._receive(0.0)
+            self._receive(now)
             time.sleep(0.01)
 
     def _sightings(self, now: float) -> dict[int, Sighting]:
@@ -267,12 +265,16 @@ class Watchdog:
         return found
 
     def _last_of(self, rank: int) -> Flight:
-        """Of a rank that does not answer: its file, where this host sees it, else what it told."""
-        with suppress(OSError, ValueError):
-            return flight.read(flight.file_of(self._run_dir, rank))
+        """Of a rank that does not answer: its file, where this host sees it, else what it told. A
+        file may be an earlier launch's."""
+        told = flight.unknown(rank, self._world.size)
         if rank in self._last:
-            return flight.from_digest(self._last[rank])
-        return flight.unknown(rank, self._world.size)
+            told = flight.from_digest(self._last[rank])
+        with suppress(OSError, ValueError):
+            own = flight.read(flight.file_of(self._run_dir, rank))
+            if rank not in self._last or (own.host, own.pid) == (told.host, told.pid):
+                return own
+        return told
 
     def _place(self) -> str:
         """Where this rank's main thread is, in its own code."""

@@ -123,6 +123,9 @@ def test_one_process_needs_no_mpi_to_be_ended(generate, tmp_path):
     [message] = outcome.messages
     assert "rank 0 is in no operation at step 3, at faults.py" in message
     assert "in strike" in (tmp_path / "run/flight/rank0.stacks").read_text()
+    [launch] = json.loads((tmp_path / "run/run.json").read_text())["launches"]
+    assert (launch["exit"]["cause"], launch["exit"]["code"]) == ("lost peer", 75)
+    assert launch["exit"]["message"] in message
     assert_nothing_left(outcome, tmp_path / "run")
 
 
@@ -316,3 +319,52 @@ def test_every_message_is_printed(folder):
         assert len(mine) == 1 + 8 * 12 + 1, mine
         assert f"comm: rank {rank} send 3 32 bytes peer {1 - rank} group tp step 3" in mine
         assert f"comm: rank {rank} plan all_sum 3 32 bytes group tp step 2" in mine
+
+
+# -- one process --
+
+ALONE = """
+import shutil, sys, time
+from pathlib import Path
+from hpcmlx import comm
+from hpcmlx.flight import file_of, recorder
+from hpcmlx.watchdog import Watchdog
+run_dir, what = Path(sys.argv[1]), sys.argv[2]
+world = comm.init()
+recorder.open(file_of(run_dir, 0), 0, 1)
+watchdog = Watchdog(world, run_dir, 1.0)
+print("begun", flush=True)
+if what == "unwritable":
+    shutil.rmtree(run_dir)
+    time.sleep(60)
+with recorder.outside():
+    sys.stdin.readline()
+watchdog.stop()
+comm.finalize(0)
+"""
+
+
+def alone(run_dir: Path, what: str) -> subprocess.Popen[str]:
+    """A process whose watchdog has begun."""
+    run_dir.mkdir()
+    pipe = subprocess.PIPE
+    line = [sys.executable, "-c", ALONE, str(run_dir), what]
+    process = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def test_a_stall_ends_the_job_where_nothing_can_be_written(tmp_path):
+    process = alone(tmp_path / "run", "unwritable")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert "no progress: " in err and "autopsy.json" not in err and "Traceback" not in err
+
+
+def test_a_process_that_was_stopped_for_long_goes_on(tmp_path):
+    process = alone(tmp_path / "run", "wait")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)  # longer than any of the watchdog's limits
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate("\n", timeout=30)
+    assert process.returncode == 0, err
