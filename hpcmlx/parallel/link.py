@@ -81,6 +81,8 @@ class StageLink:
 
     def send_tokens(self, tokens: mx.array) -> None:
         """From the last stage: sampled tokens [rows] int32 to every earlier stage."""
+        if self.mesh.dims.pp > 1:
+            evaluate(tokens)  # waits for the tensor-parallel group: seen here, not inside isend
         for pp in range(self.mesh.dims.pp - 1):
             target = self.mesh.replica_rank(pp, self.mesh.tp)
             self._keep(self.mesh.replica.isend(tokens, target, _TOKENS_TAG))
