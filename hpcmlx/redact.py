@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 #: What stands in the place of a secret.
@@ -19,7 +19,7 @@ HIDDEN = "(hidden)"
 #: Keys whose values name a place or are said to mpirun and Slurm: they cannot be kept from others.
 PUBLIC = ("run_dir", "resume", "launch")
 
-_FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_]\w*)")
+_FROM_ENVIRONMENT = re.compile(r"oc\.env\s*:\s*[\"']?([A-Za-z_]\w*)")
 _SECRET_KEY = re.compile(
     r"(?:^|[._\-+])(?:token|pass|password|passwd|passphrase|secret|credentials?|auth"
     r"|(?:api|access|private|secret)[_-]?key)$",
@@ -48,15 +48,13 @@ def secrets(config: Mapping[str, Any], unresolved: Mapping[str, str]) -> dict[st
     """
     found = {}
     for key, text in unresolved.items():
-        names = _FROM_ENVIRONMENT.findall(text)
-        if not names or key.partition(".")[0] in PUBLIC:
+        if "oc.env" not in text or key.partition(".")[0] in PUBLIC:
             continue
-        for name in names:
+        for name in _FROM_ENVIRONMENT.findall(text):
             if name in os.environ:
                 found[os.environ[name]] = f"${{oc.env:{name}}}"
-        value = _at(config, key)
-        if isinstance(value, str):
-            found[value] = text
+        # Also where the name is not plain: it may itself be an interpolation.
+        found |= dict.fromkeys(_texts(_at(config, key)), text)
     return {value: text for value, text in found.items() if len(value) >= _SHORTEST}
 
 
@@ -133,6 +131,15 @@ def _text(text: str) -> str:
 def _pattern(value: str) -> re.Pattern[str]:
     text = re.escape(value)
     return re.compile(rf"(?<!\w){text}(?!\w)" if len(value) <= _WORD else text)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Every text in plain nested values."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, Mapping | list):
+        for value in node.values() if isinstance(node, Mapping) else node:
+            yield from _texts(value)
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:

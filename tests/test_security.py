@@ -291,6 +291,25 @@ def test_values_of_the_environment_are_put_back_to_what_was_written(monkeypatch,
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["${oc.env:MY_TOKEN,none}", '${oc.env:"MY_TOKEN"}', "${ oc.env : MY_TOKEN }"]
+    + ["${oc.env:${input}}", "${oc.decode:${oc.env:LIST}}"],
+)
+def test_however_the_variable_is_written(monkeypatch, text):
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    monkeypatch.setenv("LIST", f'["a {SECRET}", "{SECRET}"]')
+    key = "sampling.stop" if "LIST" in text else "model.path"
+    overrides = ["model.path=m", "input=MY_TOKEN", f"{key}='{text}'"]
+    settings = config.compose(GenerateConfig, CONF, "generate", overrides)
+    assert settings.unresolved == {key: text}
+    redact.hide(redact.secrets(config.to_dict(settings), settings.unresolved))
+    try:
+        assert SECRET not in redact.scrub(f"no {settings.model.path} in {settings.sampling.stop}")
+    finally:
+        redact.hide({})
+
+
+@pytest.mark.parametrize(
     ("word", "shown"),
     [
         ("api_key=abc", "api_key=(hidden)"),
