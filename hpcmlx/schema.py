@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hpcmlx.errors import ConfigError
+from hpcmlx.redact import written
 
 T = TypeVar("T")
 
@@ -123,10 +124,7 @@ def _refuse_unknown(cls: type, values: Mapping[Any, Any], prefix: str) -> None:
 
 def as_written(key: str, value: Any, shown: Mapping[str, str]) -> str:
     """`value` for a message; never what an interpolation has put there, which may be a secret."""
-    for written, text in shown.items():
-        if key == written or key.startswith((f"{written}.", f"{written}[")):
-            return text
-    return json.dumps(value, default=str)
+    return str(written(key, json.dumps(value, default=str), shown))
 
 
 def _convert(kind: Any, value: Any, key: str, shown: Mapping[str, str]) -> Any:

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from hpcmlx.errors import ExitCode, HpcmlxError
-from hpcmlx.files import write_atomic
-from hpcmlx.observe.report import REPORT, page
+from hpcmlx.observe import report
 from hpcmlx.record import RECORD
 
 
@@ -25,18 +24,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--to", type=Path, metavar="FILE", help=f"instead of RUN_DIR/{REPORT}")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help=f"instead of RUN_DIR/{report.REPORT}"
+    )
     args = parser.parse_args()
-    target = args.to or args.run_dir / REPORT
     try:
-        write_atomic(target, page(args.run_dir).encode("utf-8", "replace"))
+        print(report.write(args.run_dir, args.to))
     except FileNotFoundError:
         print(f"report: {args.run_dir} is no run directory: no {RECORD} in it", file=sys.stderr)
         return int(ExitCode.CONFIG)
     except HpcmlxError as error:
         print(f"report: {error}", file=sys.stderr)
         return int(error.exit_code)
-    print(target)
     return 0
 
 

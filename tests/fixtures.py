@@ -247,15 +247,10 @@ def _marked(mark: str) -> dict[int, str]:
 
 def rank_pid(job: Running, rank: int) -> int:
     """The process of one rank of a job under mpirun, on this host."""
-    wanted = {f"OMPI_COMM_WORLD_RANK={rank}", f"HPCMLX_TEST_MARK={job.mark}"}
-    for folder in Path("/proc").iterdir():
-        try:
-            environment = (folder / "environ").read_bytes().decode().split("\0")
-            command = (folder / "cmdline").read_bytes()
-        except (OSError, UnicodeDecodeError):
-            continue  # ended meanwhile, or somebody else's
-        if wanted <= set(environment) and b"/jobs/" in command:
-            return int(folder.name)
+    ranks = _marked(f"OMPI_COMM_WORLD_RANK={rank}")
+    for pid, command in _marked(f"{_MARK}={job.mark}").items():
+        if pid in ranks and "/jobs/" in command:
+            return pid
     raise AssertionError(f"no rank {rank}:\n" + "\n".join(line for _, line in job.lines))
 
 

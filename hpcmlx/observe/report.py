@@ -48,14 +48,17 @@ _ELSEWHERE = frozenset(
 _PIECES = 60  # of the time of a run, for its throughput
 
 
-def write(run_dir: str | Path) -> Path:
+def write(run_dir: str | Path, to: str | Path | None = None) -> Path:
     """Write the page of a run directory; its path.
+
+    Args:
+        to: in place of `REPORT` in the run directory.
 
     Raises:
         FileNotFoundError, IntegrityError: there is no run record, or it is damaged.
         OutputError, StorageError: the page cannot be written.
     """
-    path = Path(run_dir) / REPORT
+    path = Path(run_dir) / REPORT if to is None else Path(to)
     write_atomic(path, page(run_dir).encode("utf-8", "replace"))
     return path
 
@@ -96,8 +99,10 @@ def _mood(exit: Exit | None) -> str:
     """The colour of how it ended."""
     if exit is None:
         return "running"
+    if exit.cause is record.Cause.PREEMPTED:
+        return "running"
     good = (record.Cause.COMPLETE, record.Cause.ROW_ERRORS)
-    return "good" if exit.cause in good else "bad" if exit.code != 76 else "running"
+    return "good" if exit.cause in good else "bad"
 
 
 def _facts(
@@ -192,13 +197,11 @@ def _throughput(path: Path) -> Chart | None:
     ends, took, counts = created[good], took[good], counts[good]
     begins, rates = ends - took, counts / took
     edges = np.linspace(begins.min(), ends.max(), _PIECES + 1)
-    width = edges[1] - edges[0]
-    total = np.zeros(_PIECES)
-    for begin, end, rate in zip(begins, ends, rates, strict=True):
-        # A row's tokens are spread evenly over its time.
-        total += rate * np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin), 0, None)
+    # A row's tokens are spread evenly over its time.
+    total = [(rates * np.clip(edge - begins, 0, took)).sum() for edge in edges]
     middles = (edges[:-1] + edges[1:]) / 2 - edges[0]
-    return chart("new tokens per second", "seconds", [("generated", middles, total / width)])
+    speed = np.diff(total) / np.diff(edges)
+    return chart("new tokens per second", "seconds", [("generated", middles, speed)])
 
 
 def _pictures(run_dir: Path) -> Iterator[tuple[str, str]]:
