@@ -16,9 +16,9 @@ from hpcmlx.models.plans import PLANS, plan_for
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    line.split(" #")[0].strip()
+    line.split(" #")[0].removeprefix("$ ").strip()
     for line in README.splitlines()
-    if re.match(r"(mpirun .*)?python jobs/(generate|evaluate|finetune)\.py", line)
+    if re.match(r"(\$ )?(mpirun .*)?python jobs/(generate|evaluate|finetune)\.py", line)
     and "resume=" not in line  # of a run that there is not
 ]
 SWEPT = re.compile(r"^hydra/|=.*(,|interval)")
