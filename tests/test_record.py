@@ -367,7 +367,9 @@ def test_a_host_without_counters_says_so(tmp_path):
 
 def test_a_counter_that_goes_away(powercap):
     meter = RaplMeter(powercap)
-    (powercap / "intel-rapl:1/energy_uj").unlink()
+    (powercap / "intel-rapl:1/energy_uj").rename(powercap / "away")
+    meter._read()
+    (powercap / "away").rename(powercap / "intel-rapl:1/energy_uj")  # wrapped around, or not?
     reading = meter.stop()
     assert reading.joules is None and "intel-rapl:1/energy_uj" in reading.reason
 

@@ -102,28 +102,28 @@ class RaplMeter:
         shortest = min(counter.range for counter in self._counters) / _MOST_WATTS / 2
         self._period = min(_PERIOD, shortest) if period is None else period
         self._lock, self._over = threading.Lock(), threading.Event()
+        self._problem = ""
         threading.Thread(target=self._watch, name="energy", daemon=True).start()
 
     def stop(self) -> Reading:
         self._over.set()
-        try:
-            self._read()
-        except NotMeasuredError as error:
-            return Reading(reason=str(error))
+        self._read()
+        if self._problem:
+            return Reading(reason=self._problem)
         parts = {counter.name: counter.joules for counter in self._counters}
         return Reading(sum(parts.values()), parts, "RAPL")
 
     def _watch(self) -> None:
         while not self._over.wait(self._period):
-            try:
-                self._read()
-            except NotMeasuredError:  # `stop` meets it too, and says so
-                return
+            self._read()
 
     def _read(self) -> None:
         with self._lock:
-            for counter in self._counters:
-                counter.read()
+            try:
+                for counter in self._counters:
+                    counter.read()
+            except NotMeasuredError as error:  # it may wrap around unseen until it is read again
+                self._problem = str(error)
 
 
 class _Counter:
