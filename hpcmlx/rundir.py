@@ -119,10 +119,11 @@ def refuse_links(run_dir: Path) -> None:
         raise OutputError(
             f"run directory {run_dir} is a symbolic link; give the directory that it leads to"
         )
-    inside = run_dir.resolve()
+    inside = os.path.realpath(run_dir)
     for folder, names, files in os.walk(run_dir):
         for path in (Path(folder, name) for name in (*names, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            # realpath: of a link to itself Path.resolve raises, up to Python 3.12.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise OutputError(
                     f"run directory {run_dir}: {path.relative_to(run_dir)} is a symbolic link that "
                     f"leads out of it; remove it, or {_HINT}"
