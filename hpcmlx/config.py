@@ -110,7 +110,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         elif arg in ("-m", "--multirun"):
             multirun = True
         elif arg == "--config" or arg.startswith("--config="):
-            file = arg[9:] if "=" in arg else next(args, "")
+            file = arg.partition("=")[2] if "=" in arg else next(args, "")
             if not file:
                 raise UsageError("--config takes a file, as in --config=runs/a/config.yaml")
         elif arg.startswith("-"):
@@ -289,7 +289,8 @@ def help_text(cls: type[JobConfig], config_dir: str | Path) -> str:
         lines.append(f"  {key} ({choices}; {shown})\n      {item.metadata['help']}")
     lines.append(
         "\nOptions: --help; --cfg job (print the configuration and end); -m (a sweep: key=a,b is a "
-        "point for each value)"
+        "point for each value); --config FILE (a configuration that a job has saved, in place of "
+        "conf/)"
     )
     return "\n".join(lines)
 
