@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from hpcmlx.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+_LAST_RESORT = 5.0  # seconds that a rank which fails may take to note why
 
 
 @dataclass
@@ -292,6 +294,10 @@ def _fail(error: BaseException, world: Communicator | None, record: RunRecord) -
             # Where all ranks refuse the same thing, rank 0 says it for them and ends the job.
             time.sleep(0.5)
     print(f"hpcmlx: {where}{message}", file=sys.stderr, flush=True)
+    # The others end with this rank, even where the disk that it notes it on does not answer.
+    last_resort = threading.Timer(_LAST_RESORT, os._exit, [code])
+    last_resort.daemon = True
+    last_resort.start()
     record.fail(world or Communicator(), code, message)
     (world or Communicator()).abort(code)
 

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_a_rank_that_raises_is_named(model, tmp_path, rank):  # noqa: F811
     assert "RuntimeError" in said["message"] and "\n" not in said["message"]
     assert json_of(tmp_path / "run/status.json")["state"] == "failed"
     assert "RuntimeError" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.fault
+def test_a_record_that_cannot_be_written_holds_up_no_failure():
+    """As on a disk that does not answer."""
+    script = """
+import time
+from hpcmlx import job
+from hpcmlx.observe.record import RunRecord
+RunRecord.fail = lambda *_: time.sleep(100)
+job._fail(ValueError("why"), None, RunRecord())
+"""
+    outcome = run_line([sys.executable, "-c", script])
+    assert outcome.code == ExitCode.INTERNAL and "ValueError: why" in outcome.err
+    assert outcome.after("unexpected ValueError") < 20
 
 
 @pytest.mark.fault
