@@ -200,6 +200,8 @@ def _run(
         }
         write_atomic(run_dir / mpirun.COMPLETED, json.dumps(completed, indent=2).encode() + b"\n")
         logger.info("complete: %s", run_dir)
+    if world.rank == 0:
+        record.draw()  # last: no time limit is to lose a run to its picture
     if watchdog is not None:
         watchdog.stop()
     return code

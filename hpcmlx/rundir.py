@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 #: The umask of a job: what is in a run directory is its user's alone, whatever made it.
 PRIVATE = 0o077
 _HINT = "give another run_dir, or none for a new one"
+_PATIENCE = 0.2  # seconds for a lock
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def lock_run_dir(run_dir: str | Path) -> int:
     except OSError as error:
         raise cannot_create(error, path) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
         with reported(path):
             os.ftruncate(fd, 0)
@@ -265,6 +266,18 @@ def lock_run_dir(run_dir: str | Path) -> int:
             f"cannot lock {path}: {error.strerror}; set run_dir to a file system with file locks"
         ) from error
     return fd
+
+
+def _lock(fd: int) -> None:
+    """Take the lock; who only looks whether it is held has it for a moment, too."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def free_bytes(path: str | Path) -> int:

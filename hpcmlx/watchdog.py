@@ -115,7 +115,7 @@ class Watchdog:
         self._alarm = False
         self._stacks = self._open_stacks()
         (run_dir / AUTOPSY).unlink(missing_ok=True)  # of an earlier launch
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         threading.Thread(target=self._guard, name="watchdog-guard", daemon=True).start()
 
@@ -166,6 +166,14 @@ class Watchdog:
             else:
                 self._leaving.wait(self._interval)
         self._end(clock.now)
+
+    def _watch(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # the others would take this rank for one that is silent
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._say(f"the watchdog itself has failed ({reason}); report it")
+            os._exit(ExitCode.INTERNAL)
 
     def _guard(self) -> None:
         """Ends this rank where its watchdog itself stands still inside MPI."""

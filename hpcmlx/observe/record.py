@@ -99,7 +99,6 @@ class RunRecord:
         _log.info("%s", energy.describe(used))
         more = {"seconds": round(seconds, 3), "energy": used}
         record.end(self._run_dir, self._token, exit, **more)
-        self._draw()
 
     def fail(self, world: Communicator, code: int, message: str) -> None:
         """This rank ends the job. Never fails, and changes nothing where another rank was first."""
@@ -112,9 +111,9 @@ class RunRecord:
             seconds = round(time.monotonic() - self._begin, 3)
             record.fail_status(self._run_dir, text)
             if record.end(self._run_dir, self._token, exit, seconds=seconds):
-                self._draw()
+                self.draw()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """`report.html`: a picture of the run is no reason to fail it."""
         try:
             assert self._run_dir is not None

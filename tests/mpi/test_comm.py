@@ -98,7 +98,8 @@ def test_all_ranks_stop_at_the_same_point(world, asking):
         rounds += 1
         assert rounds < 100
     vote.close()
-    assert len(set(world.allgather(rounds))) == 1 and rounds >= 5
+    assert len(set(world.allgather(rounds))) == 1
+    assert 5 <= rounds <= 7  # nobody waits for a vote, and nobody goes on for long
 
 
 def test_another_group_for_the_graph(world):
