@@ -12,7 +12,9 @@ from hpcmlx.inference.batching import SlotCaches, fork_caches, split_caches, why
 from hpcmlx.parallel.pipeline import Stage, build_stage, find_layers
 from tests import tiny_configs
 
-TOLERANCE = 1e-4
+# Of log-probabilities, float32, of random weights: rounding was seen to reach 2e-4 (kimi_k3, whose
+# decays amplify it), and a prompt wrong in its farthest token alone changes 4e-2 or more.
+TOLERANCE = 1e-3
 # Of the prompts: nothing to prefill, a bit, more than a sliding window of 4, two of one length.
 LENGTHS = (1, 3, 9, 7, 7)
 SHARED = 3  # tokens with which the last two begin

@@ -59,7 +59,8 @@ def test_memory_over_microbatches(model):  # noqa: F811
         "gpipe": ["2", "8"],
     }
     first, last = ({count: ranks[0] for count, ranks in peaks[name].items()} for name in peaks)
-    assert first["8"] < 1.1 * first["2"]
+    # When a send lets go of its array moves these peaks by an eighth; gpipe's grow threefold.
+    assert first["8"] < 1.5 * first["2"]
     assert last["8"] > 2 * last["2"]
     assert len(tables.train_memory(peaks).splitlines()) == 2 + 4
 

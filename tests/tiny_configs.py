@@ -357,6 +357,7 @@ def new(model_type: str) -> nn.Module:
 @lru_cache(maxsize=2)
 def _weights(model_type: str, seed: int) -> list[tuple[str, mx.array]]:
     weights = []
+    mx.random.seed(seed)  # some modules draw a bias or a decay themselves
     for name, value in tree_flatten(new(model_type).parameters()):
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         if mx.issubdtype(value.dtype, mx.floating):
