@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -85,7 +86,8 @@ def save(
         method = Method("full", num_layers=num_layers)
         layout = load(model, Communicator(), ParallelDims(), method=method)
         tuner = bench.tuner(layout, bench.batches(dataset, chats.batch_size), dataset)
-        store = CheckpointStore(folder, Communicator(), keep_last=2, keep_best=0)
+        directory = Path(folder, "checkpoints")
+        store = CheckpointStore(directory, Communicator(), keep_last=2, keep_best=0)
         tuner.step()  # what is slow only once
         for _ in range(rounds):
             plain = [_seconds(tuner) for _ in range(_PLAIN_STEPS)]
