@@ -15,7 +15,7 @@ import time
 from hpcmlx.errors import ConfigError
 
 ENV = "HPCMLX_FAULT"
-KINDS = ("exception", "exit", "exit0", "os_exit", "kill", "segv")
+KINDS: tuple[str, ...] = ("exception", "exit", "exit0", "os_exit", "kill", "segv")
 KINDS += ("hang", "busy", "stop", "skip", "slow")
 #: What a step does to itself where it asks (`strikes`): a gradient that is no number, a bit of a
 #: parameter that flips.

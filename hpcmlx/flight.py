@@ -29,8 +29,9 @@ TRACE_ENV = "HPCMLX_TRACE_COMM"
 NUM_RECORDS = 256
 
 # In the order of their codes.
-OPS = ("", "send", "recv", "barrier", "bcast", "gather", "allgather", "sum_arrays", "sum_numbers")
-OPS += ("ibcast", "imax", "split", "fetch_add", "free", "close", "all_sum", "all_gather", "eval")
+OPS: tuple[str, ...] = ("", "send", "recv", "barrier", "bcast", "gather", "allgather")
+OPS += ("sum_arrays", "sum_numbers", "ibcast", "imax", "split", "fetch_add", "free", "close")
+OPS += ("all_sum", "all_gather", "eval")
 CODES = {name: code for code, name in enumerate(OPS)}
 #: Inside MLX's graph: planned in order, run by an evaluation.
 PLANNED = ("all_sum", "all_gather")

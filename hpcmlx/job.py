@@ -36,6 +36,7 @@ from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.observe.record import RunRecord
 from hpcmlx.rankhosts import describe_ranks
 from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir, own_kernels
+from hpcmlx.settings import JobConfig
 from hpcmlx.sweep.run import run_sweep
 from hpcmlx.versions import source_hash, versions
 from hpcmlx.watchdog import Watchdog
@@ -140,7 +141,7 @@ def _without_mpi(name: str, schema: type, command: config.CommandLine) -> int | 
         return ExitCode.OK
     if command.multirun:
         return run_sweep(name, sys.argv[0], schema, CONF, command)
-    settings = config.read(schema, CONF, name, command)
+    settings: JobConfig = config.read(schema, CONF, name, command)
     redact.hide(redact.secrets(config.to_dict(settings), settings.unresolved))
     if command.show == "config":
         print(config.to_yaml(settings), end="")
@@ -182,7 +183,7 @@ def _run(
     mesh.tp_group = jaccl.connect(settings.comm.tensor, mesh.tp_group)
     if mx.metal.is_available():
         # Weights that are paged out between steps would make a big model crawl.
-        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     code = main(Job(name, settings, mesh, run_dir, logger, stop)) or ExitCode.OK
     world.barrier()  # every rank has done its part: only now may success be claimed
     record.end(world, code)
@@ -216,7 +217,7 @@ def _settings(
     if world.rank == 0:
         if command.multirun:
             raise UsageError("-m starts a job for every point itself: leave out mpirun")
-        settings = config.read(schema, CONF, name, command)
+        settings: JobConfig = config.read(schema, CONF, name, command)
         dims = ParallelDims(settings.parallel.dp, settings.parallel.pp, settings.parallel.tp)
         dims.check_world(world.size)
         run_dir = open_run_dir(

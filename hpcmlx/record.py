@@ -89,7 +89,7 @@ def read(run_dir: str | Path) -> dict[str, Any]:
         raise StorageError(f"reading {path} failed: {error.strerror}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise IntegrityError(f"{path} is no run record ({error}); move it away") from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def begin(run_dir: str | Path, job: str, launch: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     cfg = _convert(cls, values, "", unresolved)
     cfg.unresolved = unresolved
     cfg.check()
-    return cfg  # type: ignore[no-any-return]
+    return cfg
 
 
 def config_hash(cfg: Any) -> str:

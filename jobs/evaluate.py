@@ -11,6 +11,7 @@ Leaves `logprobs.h5`, `choices.jsonl` and `choices.h5`, or `harness.json` in the
 """
 
 import time
+from typing import Any
 
 from hpcmlx.config import EvaluateConfig
 from hpcmlx.errors import ExitCode
@@ -24,7 +25,7 @@ from hpcmlx.models.loader import load_model
 from hpcmlx.models.tokenizer import load_tokenizer
 from hpcmlx.observe.summary import write_summary
 
-KINDS = {"text": TextEvaluation, "choices": ChoicesEvaluation, "harness": HarnessEvaluation}
+KINDS: Any = {"text": TextEvaluation, "choices": ChoicesEvaluation, "harness": HarnessEvaluation}
 
 
 def main(job: Job) -> ExitCode:

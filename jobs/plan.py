@@ -30,7 +30,7 @@ def schedule(args: Namespace) -> str:
     return schedule_chart.chart(*what)
 
 
-def main() -> int | None:
+def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("schedule", help="a pipeline schedule as a chart")
@@ -53,8 +53,8 @@ def main() -> int | None:
         print(args.run(args), end="")
     except HpcmlxError as error:
         print(f"plan: {error}", file=sys.stderr)
-        return int(error.exit_code)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

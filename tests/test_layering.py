@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcmlx"
 # From the bottom up; a module imports its own layer or those to its left.
 LAYERS = ["blas", "errors", "flight", "extras", "faults", "files", "versions", "rundir", "redact"]
-LAYERS += ["record", "autopsy", "log", "orphans", "units", "schema", "settings"]
+LAYERS += ["record", "autopsy", "figures", "log", "orphans", "units", "schema", "settings"]
 LAYERS += ["settings_finetune", "config"]
 LAYERS += ["launch", "probes", "sweep", "comm", "agree", "rankhosts", "jaccl", "watchdog"]
 LAYERS += ["mesh", "parallel"]

@@ -7,6 +7,7 @@ would otherwise be measured waiting for each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 
 import mlx.core as mx
@@ -147,8 +148,8 @@ def collectives(
         "all_gather mpi4py": lambda size: _all_gather(bare, size, world.size),
     }
     for name, group in graph.items():
-        found[f"all_reduce {name}"] = lambda size, group=group: _graph_all_reduce(group, size)
-        found[f"all_gather {name}"] = lambda size, group=group: _graph_all_gather(group, size)
+        found[f"all_reduce {name}"] = partial(_graph_all_reduce, group)
+        found[f"all_gather {name}"] = partial(_graph_all_gather, group)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,9 @@ import numpy as np
 from hpcmlx.bench.link_file import Links
 from hpcmlx.bench.link_verdict import format_rate, slow_links
 from hpcmlx.extras import require
+from hpcmlx.figures import BLUE, GREEN, INK, VERMILION, blank, plain, png
 
-# Okabe and Ito's colours, as in the other pictures.
-_INK = "#222222"
-_COLORS = {"mpi4py": "#0072B2", "mlx": "#D55E00", "jaccl": "#009E73"}
+_COLORS = {"mpi4py": BLUE, "mlx": VERMILION, "jaccl": GREEN}
 
 
 def draw(links: Links) -> bytes:
@@ -23,20 +21,12 @@ def draw(links: Links) -> bytes:
         ConfigError: matplotlib is not installed here.
     """
     require("matplotlib", "plot", "a picture of the links", "leave it out")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    ink: Any = {"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK}
-    with rc_context({"font.size": 11, **ink}):
-        figure = Figure(figsize=(13, 4.4), layout="constrained")
+    with blank(13, 4.4, font_size=11) as figure:
         rate, late, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.35])
         _heatmap(rate, links, links.bandwidth, "bandwidth, row to column", format_rate, "YlGn")
         _heatmap(late, links, links.latency_best, "latency, one way, at best", _seconds, "YlOrRd")
         _curves(curves, links)
-        figure.suptitle(_title(links), x=0.01, ha="left", fontsize=14, fontweight="bold")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=100, facecolor="white")
-    return image.getvalue()
+        return png(figure, _title(links), dpi=100)
 
 
 def _heatmap(axes: Any, links: Links, values: np.ndarray, title: str, form: Any, name: str) -> None:
@@ -58,7 +48,7 @@ def _heatmap(axes: Any, links: Links, values: np.ndarray, title: str, form: Any,
             if np.isfinite(values[row, column]):
                 text = form(values[row, column]).replace(" ", "\n")
                 dark = np.log(values[row, column] / middle) > 0.35 * np.log(span)
-                color = "white" if dark else _INK
+                color = "white" if dark else INK
                 size = 11 if len(links.hosts) < 6 else 7
                 axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
 
@@ -68,7 +58,7 @@ def _curves(axes: Any, links: Links) -> None:
         operation, _, through = name.partition(" ")
         style = "-" if operation == "all_reduce" else "--"
         label = f"{operation.replace('_', '-')}, {through}"
-        color = _COLORS.get(through, _INK)
+        color = _COLORS.get(through, INK)
         axes.fill_between(links.sizes, curve[:, 0], curve[:, 2], color=color, alpha=0.15, lw=0)
         axes.plot(links.sizes, curve[:, 1], style, color=color, lw=2, marker="o", ms=4, label=label)
     axes.set_xscale("log", base=2)
@@ -81,9 +71,7 @@ def _curves(axes: Any, links: Links) -> None:
     axes.set_ylim(0.5 * np.nanmin(medians), 2 * np.nanmax(medians))
     axes.set_title(f"collectives of {sum(links.ranks)} ranks", loc="left", fontsize=12)
     axes.set_xlabel("bytes that each rank gives")
-    axes.grid(color="#DDDDDD", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(loc="upper left", facecolor="white", edgecolor="none", framealpha=1)
 
 

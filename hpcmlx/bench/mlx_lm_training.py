@@ -98,7 +98,7 @@ class MlxLmTuner:
                 assert len(places) == places[-1] - places[0] + 1, sample
             rows = [(sample.tokens.tolist(), 0) for sample in samples]
             longest = 1 + max(len(tokens) for tokens, _ in rows) + 32
-            tokens, _ = next(iterate_batches(rows, len(rows), longest))  # type: ignore[no-untyped-call]
+            tokens, _ = next(iterate_batches(rows, len(rows), longest))
             found.append((tokens, mx.array([[int(p[0]), int(p[-1])] for p in targets])))
         return found
 
@@ -113,5 +113,5 @@ def checkpointed(model: Module) -> Iterator[None]:
     """mlx-lm's `grad_checkpoint`, which changes a class, for as long as it is wanted."""
     layer = model.layers[0]
     with patch.object(type(layer), "__call__", type(layer).__call__):
-        grad_checkpoint(layer)  # type: ignore[no-untyped-call]
+        grad_checkpoint(layer)
         yield

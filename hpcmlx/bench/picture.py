@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
-_INK, _ENGINE, _GEMM, _READ = "#222222", "#0072B2", "#D55E00", "#009E73"
+from hpcmlx.figures import BLUE, GREEN, VERMILION, blank, plain, png
+
+_ENGINE, _GEMM, _READ = BLUE, VERMILION, GREEN
 
 
 def draw(curve: dict[str, Any]) -> bytes:
     """A PNG of what `roofs.curve` has measured: medians, and the range over the rounds."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     rows = np.array(curve["batches"])
     engine, gemm = (np.array(curve[side]) for side in ("engine", "gemm"))
     read = rows / np.median(curve["read_seconds"])
     speed, roof = np.median(engine, 0), np.median(gemm, 0)
     bandwidth = curve["weight_bytes"] / np.median(curve["read_seconds"]) / 1e9
-    style = {"font.size": 12, "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK}
-    with rc_context(style):
-        figure = Figure(figsize=(10, 6.2), layout="constrained")
+    with blank(10, 6.2, font_size=12) as figure:
         axes = figure.subplots()
         axes.plot(rows, read, color=_READ, linewidth=2, linestyle="--")
         axes.plot(rows, roof, color=_GEMM, linewidth=2)
@@ -37,11 +33,9 @@ def draw(curve: dict[str, Any]) -> bytes:
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xlabel("rows that decode together")
         axes.set_ylabel("new tokens per second")
-        axes.grid(color="#DDDDDD", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
+        place: Any = {"textcoords": "offset points", "xytext": (0, -19), "ha": "center"}
         for x, y in zip(rows, speed, strict=True):
-            place = {"textcoords": "offset points", "xytext": (0, -19), "ha": "center"}
             axes.annotate(f"{y:.3g}", (x, y), color=_ENGINE, **place)
         axes.plot([], [], color=_ENGINE, marker="o", linewidth=2.5, label="hpcmlx")
         axes.plot([], [], color=_GEMM, linewidth=2, label="its matrix products alone")
@@ -56,7 +50,4 @@ def draw(curve: dict[str, Any]) -> bytes:
         axes.legend(loc="lower right", facecolor="white", edgecolor="none", framealpha=1)
         share = (speed / np.minimum(roof, read)).max()
         title = f"Decode over batch size: up to {share:.0%} of what its matrix products allow"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=150, facecolor="white")
-    return image.getvalue()
+        return png(figure, title, dpi=150)

@@ -128,7 +128,7 @@ class Communicator:
 
     def irecv(self, shape: Sequence[int], dtype: mx.Dtype, source: int, tag: int) -> Pending:
         """Start receiving an array of `shape` and `dtype` from rank `source` of this group."""
-        buffer = np.empty(tuple(shape), _NUMPY[_WIRE.get(dtype, dtype)])
+        buffer: np.ndarray = np.empty(tuple(shape), _NUMPY[_WIRE.get(dtype, dtype)])
         record = self._receives(source, buffer.nbytes)
         return Pending(self._mpi.Irecv(buffer, source, tag), buffer, record, dtype)
 
@@ -192,12 +192,12 @@ class Communicator:
     def bcast(self, value: Any, root: int = 0) -> Any:
         return value if self.size == 1 else self._recorded("bcast", self._mpi.bcast, value, root)
 
-    def gather(self, value: Any, root: int = 0) -> list | None:
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
         if self.size == 1:
             return [value]
         return self._recorded("gather", self._mpi.gather, value, root)
 
-    def allgather(self, value: Any) -> list:
+    def allgather(self, value: Any) -> list[Any]:
         return (
             [value] if self.size == 1 else self._recorded("allgather", self._mpi.allgather, value)
         )

@@ -31,7 +31,8 @@ class Counter:
         self._window = MPI.Win.Allocate(8 if group.rank == 0 else 0, 8, comm=mpi)
         if group.rank == 0:
             self._window.Lock(0, MPI.LOCK_EXCLUSIVE)
-            np.frombuffer(self._window.tomemory(), np.int64)[0] = 0
+            memory: Any = self._window.tomemory()
+            np.frombuffer(memory, np.int64)[0] = 0
             self._window.Unlock(0)
         remote = len(set(group.allgather(hostname()))) > 1
         if group.rank == 0 and remote:
@@ -48,13 +49,13 @@ class Counter:
             return before
         from mpi4py import MPI
 
-        added, before = np.array([count], np.int64), np.empty(1, np.int64)
+        added, found = np.array([count], np.int64), np.empty(1, np.int64)
         self._calls += 1
         record = recorder.begin(CODES["fetch_add"], self._group._flight, self._calls, 0, 8, True)
-        self._window.Fetch_and_op(added, before, 0, 0, MPI.SUM)
+        self._window.Fetch_and_op(added, found, 0, 0, MPI.SUM)
         self._window.Flush(0)
         recorder.end(record)
-        return int(before[0])
+        return int(found[0])
 
     def close(self) -> None:
         """Give the memory back. Collective."""
@@ -81,13 +82,14 @@ class Mailbox:
     """
 
     def __init__(self, group: Communicator):
-        self._rank, self._own, self._flight = group.rank, [], group._flight
+        self._rank, self._flight = group.rank, group._flight
+        self._own: list[tuple[int, Any]] = []
         self._mpi = group._mpi.Dup() if group.size > 1 else None
         self._sends: list[Any] = []
 
     def post(self, value: Any) -> None:
         """Send `value` to rank 0; returns at once."""
-        if self._rank == 0:
+        if self._mpi is None or self._rank == 0:
             self._own.append((0, value))
         else:
             self._sends = [s for s in self._sends if not s.Test()]

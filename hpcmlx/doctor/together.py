@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from hpcmlx.comm import Communicator, hostname
 from hpcmlx.doctor.facts import Facts, collect, cores, from_dict

@@ -13,7 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcmlx.inference.rows import RowResult, TokenLogprobs
+from hpcmlx.inference.logprobs import TokenLogprobs
+from hpcmlx.inference.rows import RowResult
 
 _ROWS_AT_ONCE = 512  # also the rows and
 _TOKENS_AT_ONCE = 8192  # the tokens in a chunk of the file

@@ -262,7 +262,7 @@ class Recorder:
         self._mailbox = Mailbox(mesh.world)
         total = work.num_done + len(work.requests)
         num_errors = len(work.errors) + (len(work.batch.errors) if work.batch else 0)
-        counts = {"already_done": work.num_done, "num_errors": num_errors}
+        counts: dict[str, Any] = {"already_done": work.num_done, "num_errors": num_errors}
         self._bar = ProgressBar(total, "rows", self._root, **counts)
         self._status = StatusWriter(
             run_dir,

@@ -180,7 +180,7 @@ def summarize(
     }
     head = totals or {"layout": str(mesh.dims)}
     tokens = totals["this_launch"]["generated_tokens"] if totals else None
-    cost = {"seconds": seconds, "num_tokens": tokens, "pace": stats.pace}
+    cost: dict[str, Any] = {"seconds": seconds, "num_tokens": tokens, "pace": stats.pace}
     write_summary(mesh.world, run_dir, head, per_rank, **cost)
     return totals or None
 

@@ -20,7 +20,8 @@ import h5py
 import numpy as np
 
 from hpcmlx.errors import IntegrityError
-from hpcmlx.inference.rows import RowResult, TokenLogprobs
+from hpcmlx.inference.logprobs import TokenLogprobs
+from hpcmlx.inference.rows import RowResult
 
 #: What to do about a damaged file.
 RESTORE = "restore it from a copy, or delete it to compute its rows again"
@@ -104,7 +105,7 @@ def _commit_at(data: bytes, position: int) -> tuple[list[tuple[int, ...]], int]:
     header = data[position:offset]
     if not _is_header(header):
         return [], position
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for index, sample, nbytes in json.loads(header[9:]):
         line = data[offset : offset + nbytes]
         if not is_whole(line):

@@ -115,7 +115,7 @@ class Sampler:
                 known = len(context.generated)
                 raise ValueError(f"a context has {known} tokens, its row generated {position}")
         logits = adjust(logits.astype(mx.float32), params, contexts, self.start)
-        kinds: dict[Callable, list[int]] = {}
+        kinds: dict[Callable[..., mx.array], list[int]] = {}
         for row, p in enumerate(params):
             kind = self._greedy
             if p.temperature > 0:

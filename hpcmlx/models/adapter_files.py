@@ -190,7 +190,8 @@ def _peft(
         own_alpha = _number(path, f"lora_alpha of {module}", own_alpha)
         return own_rank, own_alpha / (math.sqrt(own_rank) if config.get("use_rslora") else own_rank)
 
-    factors, whole = {}, {}
+    factors: dict[str, re.Match[str]] = {}
+    whole: dict[str, str] = {}
     for name in tensors:
         if match := _PEFT_NAME.fullmatch(name):
             factors[name] = match

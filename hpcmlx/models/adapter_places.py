@@ -56,7 +56,7 @@ def _peft_places(skeleton: Skeleton, adapter: Adapter) -> Places:
     found = renamed.keys() | set(chain.from_iterable(stacked.values()))
     if missing := sorted(stand_ins.keys() - found):
         raise _no_place(adapter, missing[0], f"has no place in {skeleton.model_type}")
-    low_rank = {
+    low_rank: dict[str, tuple[LowRank, ...]] = {
         _module_path(adapter, renamed[name], name): (low,)
         for name, low in weights.items()
         if name in renamed

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcmlx.figures import BLUE, GREEN, VERMILION
+
 WIDTH, HEIGHT = 720.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 28.0
 _POINTS = 500  # of a line; more cannot be told apart
-# Okabe and Ito's colours, as in the other pictures.
-COLORS = ("#0072B2", "#D55E00", "#009E73")
+COLORS = (BLUE, VERMILION, GREEN)
 
 
 @dataclass(frozen=True)

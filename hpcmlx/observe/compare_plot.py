@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hpcmlx.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, blank, plain, png
 from hpcmlx.observe.compare import Run
 from hpcmlx.observe.curves import require_matplotlib, smooth
 
 #: The picture's file in a sweep's directory.
 PICTURE = "compare.png"
 
-_INK = "#222222"
-# Okabe and Ito's colours, as in the other pictures; more runs than these repeat them, dashed.
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A"]
+# More runs than these repeat them, dashed.
+_COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY]
 _SMOOTHED = 40  # rows from which on a line is smoothed
 _MOST = 16  # runs whose lines are told apart by a legend
 
@@ -32,28 +31,17 @@ def draw(runs: Sequence[Run], keys: Sequence[str], metric: str | None, title: st
         ConfigError: matplotlib is not installed here.
     """
     require_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     lines = any("loss" in run.curves.get("train", {}) for run in runs)
-    ink: Any = {"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK}
-    with rc_context({"font.size": 11, **ink}):
-        count = int(lines) + int(metric is not None)
-        figure = Figure(figsize=(6.5 * max(count, 1), 4.6), layout="constrained")
-        axes = list(np.ravel(figure.subplots(1, max(count, 1))))
+    count = max(int(lines) + int(metric is not None), 1)
+    with blank(6.5 * count, 4.6, font_size=11) as figure:
+        axes = list(np.ravel(figure.subplots(1, count)))
         if lines:
             _draw_curves(axes[0], runs, keys)
         if metric is not None:
             _draw_metric(axes[-1], runs, keys, metric)
         for one in axes:
-            one.grid(color="#DDDDDD", linewidth=0.8)
-            one.set_axisbelow(True)
-            one.spines[["top", "right"]].set_visible(False)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=110, facecolor="white")
-    return image.getvalue()
+            plain(one)
+        return png(figure, title, dpi=110)
 
 
 def label(run: Run, keys: Sequence[str]) -> str:

@@ -5,19 +5,18 @@ The trainer draws it on rank 0 at the end of a run, from what `metrics.read_metr
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hpcmlx.extras import require
+from hpcmlx.figures import BLUE, GREEN, VERMILION, blank, plain, png
 
 #: The picture's file in a run directory.
 PICTURE = "curves.png"
 
-# Okabe and Ito's colours, as in the other pictures.
-_INK, _TRAIN, _EVAL, _SPEED = "#222222", "#0072B2", "#D55E00", "#009E73"
+_TRAIN, _EVAL, _SPEED = BLUE, VERMILION, GREEN
 _SMOOTHED = 40  # rows from which on a smooth line is drawn over the raw one
 
 
@@ -41,14 +40,10 @@ def draw(metrics: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> by
         ConfigError: matplotlib is not installed here.
     """
     require_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     train, evaluation = metrics.get("train", {}), metrics.get("eval", {})
-    ink: Any = {"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK}
-    with rc_context({"font.size": 12, **ink}):
-        figure = Figure(figsize=(10, 7), layout="constrained")
+    with blank(10, 7, font_size=12) as figure:
         loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         if "loss" in train:
             _line(loss, train["step"], train["loss"], _TRAIN, "training")
@@ -66,14 +61,9 @@ def draw(metrics: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> by
         speed.set_xlabel("optimizer step")
         speed.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axes in (loss, speed):
-            axes.grid(color="#DDDDDD", linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
+            plain(axes)
         heading = ": ".join(filter(None, (title, _summary(train, evaluation))))
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=150, facecolor="white")
-    return image.getvalue()
+        return png(figure, heading, dpi=150)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

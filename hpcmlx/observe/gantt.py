@@ -5,27 +5,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hpcmlx.extras import require
+from hpcmlx.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, YELLOW, blank, png
 from hpcmlx.observe.timeline import CODES, KINDS, SPAN, WAIT, Lane
 
 #: The picture's file in a run directory.
 PICTURE = "pipeline.png"
 
-# Okabe and Ito's colours, which also colour-blind people can tell apart; neighbours contrast.
-_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-_DARK = ("#0072B2", "#009E73", "#D55E00")
+_PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)  # neighbours contrast
+_DARK = (BLUE, GREEN, VERMILION)
 _HOST = "#8A8A8A"
 # What a stage does with a microbatch, which has the microbatch's colour; the rest is the host's.
 _WORK = ("prefill", "decode", "forward", "backward")
 _WORK_CODES = [CODES[kind] for kind in _WORK]
 _HATCHED = ("prefill", "backward")
-_INK = "#222222"
 _MAX_SHOWN = 150  # spans in a lane; more cannot be told apart in a picture 1200 pixels wide
 
 
@@ -44,17 +42,13 @@ def draw(lanes: Sequence[Lane], layout: str) -> bytes:
     Where a run has more spans than can be told apart, the chart shows some from its middle, and
     a strip above it how busy every lane was over the whole time.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     seconds = shown_seconds(lanes) or 1.0
     begin, end = _window(lanes, seconds)
     zoomed = (begin, end) != (0.0, seconds)
     height = max(0.26, min(0.62, 7.0 / len(lanes))) * len(lanes)
     heights = [min(2.0, 0.3 * height), height] if zoomed else [height]
-    style = {"font.size": 11, "hatch.linewidth": 1.1, "text.color": _INK, "axes.edgecolor": _INK}
-    with rc_context(style):
-        figure = Figure(figsize=(12, sum(heights) + 1.9 + 0.5 * zoomed), layout="constrained")
+    total = sum(heights) + 1.9 + 0.5 * zoomed
+    with blank(12, total, font_size=11, hatch_linewidth=1.1) as figure:
         axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         chart = axes[-1]
         pieces = [_pieces(lane.spans, begin, end) for lane in lanes]
@@ -67,11 +61,7 @@ def draw(lanes: Sequence[Lane], layout: str) -> bytes:
         if zoomed:
             _draw_overview(axes[0], lanes, seconds, (begin, end))
         _draw_legend(figure, lanes)
-        title = _title(lanes, layout, seconds)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200, facecolor="white")
-    return image.getvalue()
+        return png(figure, _title(lanes, layout, seconds), dpi=200)
 
 
 def shown_seconds(lanes: Sequence[Lane]) -> float:
@@ -158,7 +148,7 @@ def _draw_lane(
     for left, right, code, slot, _ in pieces[np.isin(pieces["kind"], numbered)].tolist():
         if right - left > seconds / 100:
             color = _color(code, slot)
-            style = {"color": "white" if color in _DARK else _INK, "ha": "center"}
+            style: dict[str, Any] = {"color": "white" if color in _DARK else INK, "ha": "center"}
             if KINDS[code] in _HATCHED:  # no hatch behind the number
                 style["bbox"] = {"facecolor": color, "linewidth": 0, "pad": 1.0}
             axes.text((left + right) / 2, y, str(slot), va="center_baseline", **style)
@@ -175,7 +165,7 @@ def _label(axes: Any, lanes: Sequence[Lane], seconds: float) -> None:
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate(f"{busy:.0%} busy", (1, y), (6, 0), va="center", weight="bold", **place)
         if y and lane.replica != lanes[y - 1].replica:
-            axes.axhline(y - 0.5, color=_INK, linewidth=0.8)
+            axes.axhline(y - 0.5, color=INK, linewidth=0.8)
 
 
 def _names(lanes: Sequence[Lane]) -> list[str]:
@@ -197,9 +187,9 @@ def _draw_overview(
         busy = busy_fraction(lane.spans, edges)
         axes.axhspan(y - 0.45, y + 0.45, color="#EEEEEE", linewidth=0)
         axes.stairs(y + 0.45 - 0.9 * busy, edges, baseline=y + 0.45, fill=True, color="#5B6770")
-    axes.axvspan(*window, color="#D55E00", alpha=0.5)
+    axes.axvspan(*window, color=VERMILION, alpha=0.5)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
-    axes.annotate("shown below", (sum(window) / 2, 1), (0, 3), color="#D55E00", **place)
+    axes.annotate("shown below", (sum(window) / 2, 1), (0, 3), color=VERMILION, **place)
     axes.set_xlim(0.0, seconds)
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_yticks([])
@@ -226,7 +216,7 @@ def _draw_legend(figure: Any, lanes: Sequence[Lane]) -> None:
     others = [KINDS[code] for code in np.unique(used["kind"]) if code not in _WORK_CODES]
     if others:
         patches.append(Patch(facecolor=_HOST, label=", ".join(others)))
-    patches.append(Patch(facecolor="white", edgecolor=_INK, linewidth=0.6, label="idle"))
+    patches.append(Patch(facecolor="white", edgecolor=INK, linewidth=0.6, label="idle"))
     columns = -(-len(patches) // -(-len(patches) // 8))
     figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -123,7 +124,7 @@ class ProgressBar:
             head = f"{self.unit} {self.done}/{self.total} ({share:.0%})"
             _log.info("%s", ", ".join([head, *filter(None, self._texts().values())]))
 
-    def _texts(self) -> dict[str, str]:
+    def _texts(self) -> dict[str, Any]:
         seconds = self._clock() - self._begin
         fresh = self.done - self._already_done
         if self._tokens_per_sec is not None:

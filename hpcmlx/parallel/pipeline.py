@@ -66,7 +66,7 @@ class Stage:
         self._stand_in: list[int] = []
         self._shadows: list[int] = []
         self._arrays: dict[Key, mx.array] = {}
-        self._size = (0, 0)
+        self._size: tuple[int, ...] = (0, 0)
 
     def make_cache(self, model_caches: list[Any] | None = None) -> list[Any]:
         """This stage's own cache entries.
@@ -141,7 +141,7 @@ class Head:
         self.parameters = frozenset(flow.needs[LOGITS].parameters)
         self._made: dict[Key, mx.array] = {}
         self._arrays: dict[Key, mx.array] = {}
-        self._size = (0, 0)
+        self._size: tuple[int, ...] = (0, 0)
         for index, layer in enumerate(find_layers(stage.model)):
             if (output := flow.outputs[index]) is not None:
                 own = [key for key in keys if key[0] == index]

@@ -6,7 +6,6 @@ chunk, the microbatch's number in every cell that has room for it. `jobs/plan.py
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from math import ceil
 from string import ascii_lowercase
@@ -16,17 +15,16 @@ from rich.console import Console
 from rich.text import Text
 
 from hpcmlx.extras import require
+from hpcmlx.figures import BLUE, INK, ORANGE, blank, png
 from hpcmlx.parallel.schedule import Action, Kind, Schedule, Simulation, schedule, simulate
 
 Seconds = float | Sequence[float]
 Color = tuple[int, int, int]
 
-# Okabe and Ito's blue and orange, which also colour-blind people can tell apart.
-_BASE: dict[Kind, Color] = {Kind.FORWARD: (0x00, 0x72, 0xB2), Kind.BACKWARD: (0xE6, 0x9F, 0x00)}
+_BASE = {Kind.FORWARD: BLUE, Kind.BACKWARD: ORANGE}
 _LIGHTEST = 0.65  # of the last chunk, on the way to white
 _FILL = {Kind.FORWARD: ">", Kind.BACKWARD: "<"}  # where there are no colours
 _IDLE = "."
-_INK = "#222222"
 _WIDEST = 400  # columns that a terminal may have
 
 
@@ -93,12 +91,9 @@ def draw(
     actions = schedule(name, num_stages, num_microbatches, num_chunks)
     result = simulate(actions, forward_time, backward_time)
     require("matplotlib", "plot", "a schedule's picture", "leave it out")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    with rc_context({"font.size": 11, "text.color": _INK, "axes.edgecolor": _INK}):
-        figure = Figure(figsize=(12, 1.9 + 0.55 * num_stages), layout="constrained")
+    with blank(12, 1.9 + 0.55 * num_stages, font_size=11) as figure:
         axes: Any = figure.subplots()
         for rank, (own, spans) in enumerate(zip(actions, result.spans, strict=True)):
             axes.broken_barh(
@@ -127,14 +122,11 @@ def draw(
             Patch(facecolor=_hex(_color(kind, chunk, num_chunks)), label=label)
             for kind, chunk, label in _kinds(num_chunks)
         ]
-        patches.append(Patch(facecolor="white", edgecolor=_INK, linewidth=0.6, label="idle"))
+        patches.append(Patch(facecolor="white", edgecolor=INK, linewidth=0.6, label="idle"))
         columns = -(-len(patches) // -(-len(patches) // 7))
         figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
         title = _title(name, actions, num_microbatches, num_chunks, result)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200, facecolor="white")
-    return image.getvalue()
+        return png(figure, title, dpi=200)
 
 
 # -- what both say --
@@ -170,7 +162,8 @@ def _kinds(num_chunks: int) -> list[tuple[Kind, int, str]]:
 
 def _color(kind: Kind, chunk: int, num_chunks: int) -> Color:
     white = _LIGHTEST * chunk / max(num_chunks - 1, 1)
-    red, green, blue = (round(c + white * (255 - c)) for c in _BASE[kind])
+    base = bytes.fromhex(_BASE[kind].removeprefix("#"))
+    red, green, blue = (round(c + white * (255 - c)) for c in base)
     return red, green, blue
 
 
@@ -180,7 +173,7 @@ def _hex(color: Color) -> str:
 
 def _ink_on(color: Color) -> str:
     red, green, blue = color
-    return "#FFFFFF" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else _INK
+    return "#FFFFFF" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else INK
 
 
 # -- the terminal --

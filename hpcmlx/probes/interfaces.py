@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from hpcmlx.probes.commands import read_command, read_text
 from hpcmlx.probes.thunderbolt import Port

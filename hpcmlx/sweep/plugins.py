@@ -56,7 +56,7 @@ class MpirunLauncher(_Launcher):
     __module__ = _PACKAGE
 
     def _start(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[float | None]:
-        return self._sweep.launch(job_overrides, self._sweep.run_here)  # type: ignore[no-any-return]
+        return self._sweep.launch(job_overrides, self._sweep.run_here)
 
 
 class SlurmLauncher(_Launcher):
@@ -65,7 +65,7 @@ class SlurmLauncher(_Launcher):
     __module__ = _PACKAGE
 
     def _start(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[float | None]:
-        return self._sweep.launch(job_overrides, self._sweep.run_on_slurm)  # type: ignore[no-any-return]
+        return self._sweep.launch(job_overrides, self._sweep.run_on_slurm)
 
 
 class OptunaSweeper(Sweeper):

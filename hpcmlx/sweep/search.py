@@ -100,7 +100,7 @@ def distribution(override: Override) -> BaseDistribution:
         if isinstance(value, IntervalSweep):
             whole = isinstance(value.start, int) and isinstance(value.end, int)
             kind: Any = IntDistribution if whole else FloatDistribution
-            return kind(value.start, value.end, log="log" in value.tags)  # type: ignore[no-any-return]
+            return kind(value.start, value.end, log="log" in value.tags)
         texts = list(override.sweep_string_iterator())
         if override.is_range_sweep() and len(texts) > 1 and all(map(_is_int, texts)):
             low, high = sorted((int(texts[0]), int(texts[-1])))

@@ -59,7 +59,7 @@ def open_data(cfg: FinetuneConfig, mesh: Mesh, tokenizer: Any) -> Data:
         "seed": train.seed,
     }
     dataset = open_dataset(own.train, tokenizer, settings, own.cache, mesh.world, split="train")
-    length: dict[str, int] = (
+    length: dict[str, Any] = (
         {"num_steps": train.steps} if train.steps else {"num_epochs": train.num_epochs}
     )
     batches = Batches(dataset.lengths, dataset.num_targets, **common, **length)
@@ -85,10 +85,11 @@ def build_trainer(
         asked_to_stop: whether this rank was.
     """
     gathered = Gathered(mesh.tp_group, stages.places)
-    optimizer: Optimizer | Zero1 = Optimizer(optim_settings(cfg), total_steps, gathered)
+    whole = Optimizer(optim_settings(cfg), total_steps, gathered)
+    optimizer: Optimizer | Zero1 = whole
     if cfg.optim.zero1:
         sizes = {name: math.prod(place.shape) for name, place in stages.places.items()}
-        optimizer = Zero1(optimizer, mesh.dp_group, sizes)
+        optimizer = Zero1(whole, mesh.dp_group, sizes)
     gradient_sum = GradientSum(mesh, stages.places)
     executor = Executor(mesh, stages.chunks, recompute=cfg.train.recompute, timeline=timeline)
     trainer = Trainer(

@@ -270,8 +270,15 @@ def leave_results(run: Run, timeline: Timeline, seconds: float) -> None:
         "best_loss": progress.best,
         "trained_parameters": run.trainer.stages.num_trained,
     }
-    cost = {"seconds": seconds, "num_tokens": progress.num_tokens - run.num_tokens_before}
-    ranks = write_summary(mesh.world, run.run_dir, totals, {}, pace=run.trainer.pace, **cost)
+    ranks = write_summary(
+        mesh.world,
+        run.run_dir,
+        totals,
+        {},
+        seconds=seconds,
+        num_tokens=progress.num_tokens - run.num_tokens_before,
+        pace=run.trainer.pace,
+    )
     place, layout = (mesh.dp, mesh.pp, mesh.tp), str(mesh.dims)
     if lanes := timeline.save(mesh.world, place, run.run_dir, layout):
         write_atomic(run.run_dir / gantt.PICTURE, gantt.draw(lanes, layout))

@@ -17,6 +17,7 @@ from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.models.loader import LoadedModel, check_coverage, load_model
 from hpcmlx.parallel.dataflow import find_layers, layer_paths
+from hpcmlx.parallel.partition import Cut
 from hpcmlx.parallel.pipeline import split_head
 from hpcmlx.training.executor import Chunk
 from hpcmlx.training.loss import Loss
@@ -109,7 +110,7 @@ def load_stages(
         held = set(chain.from_iterable(c.loaded.parameters for c in chunks))
         check_coverage(mesh, held, shapes)
     modules: dict[str, nn.Module] = {}
-    cuts = {}
+    cuts: dict[str, Cut] = {}
     for part in chunks:
         modules |= part.loaded.stage.model.named_modules()
         cuts |= part.loaded.cuts

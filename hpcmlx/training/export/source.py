@@ -25,7 +25,8 @@ from hpcmlx.models.checkpoint import open_checkpoint
 from hpcmlx.parallel.dataflow import named_parameters
 from hpcmlx.parallel.tensor import EMBEDDINGS, input_dims
 from hpcmlx.rundir import lock_run_dir
-from hpcmlx.training.checkpoints.store import CheckpointStore, Found
+from hpcmlx.training.checkpoints.found import Found
+from hpcmlx.training.checkpoints.store import CheckpointStore
 
 #: What the names of trained parameters begin with in a training checkpoint.
 PREFIX = "param/"
