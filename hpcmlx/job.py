@@ -35,6 +35,7 @@ from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
 from hpcmlx.observe.record import RunRecord
 from hpcmlx.rankhosts import describe_ranks
+from hpcmlx.record import COMPLETED
 from hpcmlx.rundir import PRIVATE, lock_run_dir, make_run_dir, open_run_dir, own_kernels
 from hpcmlx.settings import JobConfig
 from hpcmlx.sweep.run import run_sweep
@@ -199,7 +200,7 @@ def _run(
             "seconds": round(time.monotonic() - started, 3),
             "versions": versions(),
         }
-        write_atomic(run_dir / mpirun.COMPLETED, json.dumps(completed, indent=2).encode() + b"\n")
+        write_atomic(run_dir / COMPLETED, json.dumps(completed, indent=2).encode() + b"\n")
         logger.info("complete: %s", run_dir)
     if world.rank == 0:
         record.draw()  # last: no time limit is to lose a run to its picture

@@ -25,6 +25,9 @@ from hpcmlx.files import write_atomic
 from hpcmlx.rundir import LOCK
 
 RECORD = "run.json"
+#: Written by rank 0 after the last barrier: the only sign of success. mpirun's own exit code is
+#: 0 when it loses a host, and by race that of a healthy rank when another was killed.
+COMPLETED = "completed.json"
 STATUS = "status.json"
 _LAUNCHES = 50  # of a run that are kept
 
@@ -55,6 +58,23 @@ class Exit:
     message: str = ""
     rank: int | None = None
     host: str | None = None
+
+
+def completion(run_dir: str | Path) -> dict[str, Any] | None:
+    """A run's completion record; None where it is not complete.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    path = Path(run_dir, COMPLETED)
+    try:
+        found = json.loads(path.read_text())
+        int(found["exit_code"])
+        return dict(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}") from error
 
 
 def cause_of(code: int) -> Cause:

@@ -138,9 +138,9 @@ def test_the_slowest_stage_is_as_fast_as_it_can_be(seed):
 
     if not fitting:
         with pytest.raises(ValueError, match="no cut"):
-            balance_layers(costs, stages, 0, head, speeds, fits)
+            balance_layers(costs, stages, head, speeds, fits)
         return
-    found = tuple(balance_layers(costs, stages, 0, head, speeds, fits))
+    found = tuple(balance_layers(costs, stages, head, speeds, fits))
     assert fitting[found] == pytest.approx(min(fitting.values()))
 
 

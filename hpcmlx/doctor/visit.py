@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from hpcmlx.doctor.table import show
 from hpcmlx.doctor.together import WORKS, gather, try_connect
 from hpcmlx.errors import ConfigError, ExitCode, OutputError
 from hpcmlx.files import write_atomic
-from hpcmlx.launch.hostfile import parse_hostfile
+from hpcmlx.launch.hostfile import names_of_this_host, parse_hostfile
 from hpcmlx.rundir import make_run_dir, reserve_run_dir
 
 REPORT = "doctor.json"
@@ -78,8 +77,7 @@ def check_connections(hostfile: str) -> None:
     """
     if os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0") != "0":
         return
-    own = socket.gethostname()
-    here = {"localhost", "127.0.0.1", own, own.partition(".")[0]}
+    here = names_of_this_host()
     names = list(dict.fromkeys(host.name for host in parse_hostfile(hostfile)))
     others = [name for name in names if name not in here]
     with ThreadPoolExecutor(max_workers=16) as pool:

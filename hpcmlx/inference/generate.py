@@ -6,7 +6,6 @@ A launch that was cut off is gone on with by the next one in the same run direct
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ from hpcmlx.inference.request import max_context
 from hpcmlx.inference.rows import Request, RowError, RowResult
 from hpcmlx.inference.sampling import SamplingParams
 from hpcmlx.inference.store import RowStore
-from hpcmlx.launch.mpirun import COMPLETED
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.checkpoint import Checkpoint
 from hpcmlx.models.gguf import GGUFCheckpoint
@@ -38,6 +36,7 @@ from hpcmlx.observe.progress import ProgressBar
 from hpcmlx.observe.status import RankReport, State, StatusWriter
 from hpcmlx.observe.stragglers import Meter
 from hpcmlx.observe.timeline import OFF, Timeline
+from hpcmlx.record import COMPLETED, completion
 from hpcmlx.rundir import MANIFEST, check_room
 from hpcmlx.settings import GenerateConfig
 from hpcmlx.units import format_bytes, parse_bytes
@@ -93,11 +92,11 @@ def find_work(
     if batch is not None and keys is not None:
         requests = [r for r in batch.requests if (r.index, r.sample) not in keys]
     complete = None
-    if world.rank == 0 and (record := run_dir / COMPLETED).exists():
+    if world.rank == 0 and (record := completion(run_dir)) is not None:
         if requests:  # what it says is not true any more
-            record.unlink()
+            (run_dir / COMPLETED).unlink()
         else:
-            complete = ExitCode(json.loads(record.read_text())["exit_code"])
+            complete = ExitCode(record["exit_code"])
     num_done, complete, total = world.bcast((len(keys or ()), complete, len(requests)))
     mine: list[Request] = []
     for start in range(0, total, _REQUESTS_AT_ONCE):

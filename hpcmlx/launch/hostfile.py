@@ -5,6 +5,7 @@ hosts is for `describe.py`."""
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def parse_hostfile(path: str | Path) -> list[Host]:
     if not hosts:
         raise ConfigError(f"{path} names no host; a line is `name slots=N`")
     return hosts
+
+
+def names_of_this_host() -> set[str]:
+    """Those by which a host file may mean the host that reads it."""
+    name = socket.gethostname()
+    return {"localhost", "127.0.0.1", name, name.partition(".")[0]}
 
 
 def total_slots(hosts: list[Host]) -> int | None:

@@ -6,12 +6,10 @@ argument lists; no shell reads any of it.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,17 +18,13 @@ from types import FrameType
 
 from hpcmlx import orphans, record, redact
 from hpcmlx.config import JobConfig, quote
-from hpcmlx.errors import ConfigError, ExitCode, UsageError
+from hpcmlx.errors import ConfigError, ExitCode, IntegrityError, UsageError
 from hpcmlx.launch import lost
-from hpcmlx.launch.hostfile import parse_hostfile, total_slots
+from hpcmlx.launch.hostfile import names_of_this_host, parse_hostfile, total_slots
 from hpcmlx.launch.network import interface_options
 from hpcmlx.launch.options import checked_path, choose_options, exported
 from hpcmlx.rundir import CLAIM_ENV, open_run_dir
 from hpcmlx.settings import OF_MPIRUN, LaunchConfig
-
-#: Written by rank 0 after the last barrier: the only sign of success. mpirun's own exit code is
-#: 0 when it loses a host, and by race that of a healthy rank when another was killed.
-COMPLETED = "completed.json"
 
 # A host that loses power or its link is noticed in about 5 s: first by ssh, then by PRRTE.
 _SSH_KEEPALIVE = "-o ServerAliveInterval=2 -o ServerAliveCountMax=2"
@@ -202,8 +196,8 @@ def verdict(
         return int(ExitCode.LOST_PEER)
     if code == 0:
         print(
-            f"hpcmlx: mpirun ended with 0 but there is no {run_dir / COMPLETED}: a host was lost, "
-            "or the first host of the host file does not share this directory",
+            f"hpcmlx: mpirun ended with 0 but there is no {run_dir / record.COMPLETED}: a host was "
+            "lost, or the first host of the host file does not share this directory",
             file=sys.stderr,
         )
         return int(ExitCode.LOST_PEER)
@@ -220,13 +214,11 @@ def verdict(
 def recorded(run_dir: Path, launch: str) -> int | None:
     """The exit code in the completion record of this launch; None where it has left none."""
     try:
-        record = json.loads((run_dir / COMPLETED).read_text())
-        return int(record["exit_code"]) if record["launch"] == launch else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"hpcmlx: {run_dir / COMPLETED} cannot be read: {error}", file=sys.stderr)
+        found = record.completion(run_dir)
+    except IntegrityError as error:
+        print(f"hpcmlx: {error}", file=sys.stderr)
         return int(ExitCode.INTEGRITY)
+    return int(found["exit_code"]) if found and found.get("launch") == launch else None
 
 
 def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfig) -> int:
@@ -255,7 +247,7 @@ def relaunch(job: str, script: str, overrides: Sequence[str], settings: JobConfi
         raise UsageError(
             f"{layout} needs {num_ranks} ranks but {hostfile} has {slots} slots: add some"
         )
-    here, launch = _names_of_this_host(), settings.launch
+    here, launch = names_of_this_host(), settings.launch
     options = choose_options(launch, num_ranks, hosts, here, num_cores(), os.environ)
     if not Path(script).is_file():
         raise ConfigError(f"launch=mpirun starts a script again, and {script!a} is not a file")
@@ -304,11 +296,6 @@ def _taken_back(launch: LaunchConfig) -> list[str]:
     """Overrides that unset what is for mpirun alone, wherever it was set."""
     given = [name for name in OF_MPIRUN if getattr(launch, name) not in (None, [])]
     return [f"launch.{name}={'[]' if name == 'export' else 'null'}" for name in given]
-
-
-def _names_of_this_host() -> set[str]:
-    name = socket.gethostname()
-    return {"localhost", "127.0.0.1", name, name.partition(".")[0]}
 
 
 def num_cores() -> int:

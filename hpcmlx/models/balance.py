@@ -170,7 +170,7 @@ def stage_layers(
 
     try:
         last = round(head * factors[-1])
-        return offsets(balance_layers(costs, num_stages, 0.0, last, speeds, fits))
+        return offsets(balance_layers(costs, num_stages, last, speeds, fits))
     except ValueError:
         room = ", ".join(format_bytes(limit) for limit in limits or ())
         raise ConfigError(

@@ -22,7 +22,8 @@ import yaml
 from hpcmlx.config import SAVED
 from hpcmlx.errors import ConfigError, IntegrityError
 from hpcmlx.observe.metrics import METRICS, read_metrics
-from hpcmlx.sweep.points import SWEEP, completion, load_sweep, state
+from hpcmlx.record import completion
+from hpcmlx.sweep.points import SWEEP, load_sweep, state
 
 # What a run is judged by, of the numbers that there are; all of them with --csv and --json.
 _SHOWN = ["best_loss", "train_loss", "perplexity", "accuracy", "this_launch.tokens_per_sec"]

@@ -114,7 +114,6 @@ def capped_shares(weights: Sequence[float], limits: Sequence[float]) -> list[flo
 def balance_layers(
     layer_costs: Sequence[float],
     num_stages: int,
-    first_cost: float = 0.0,
     last_cost: float = 0.0,
     speeds: Sequence[float] | None = None,
     fits: Callable[[int, int, int], bool] | None = None,
@@ -127,7 +126,6 @@ def balance_layers(
     Args:
         layer_costs: cost of each layer (bytes, seconds), not negative.
         num_stages: how many stages, each of at least one layer.
-        first_cost: what the first stage bears on top (the embedding).
         last_cost: what the last stage bears on top (the head).
         speeds: what each stage's cost is divided by; None: all are equally fast.
         fits: whether a stage has room for the layers [start, stop): (stage, start, stop).
@@ -147,8 +145,8 @@ def balance_layers(
     def time(stage: int, start: int, stop: int) -> float:
         if fits is not None and not fits(stage, start, stop):
             return inf
-        ends = (first_cost if start == 0 else 0.0) + (last_cost if stop == num_layers else 0.0)
-        return (sums[stop] - sums[start] + ends) / rates[stage]
+        head = last_cost if stop == num_layers else 0.0
+        return (sums[stop] - sums[start] + head) / rates[stage]
 
     def best(step: Callable[[float, float], float]) -> tuple[float, list[int]]:
         """(total, counts) of the cut whose stage times, folded by `step`, are the least."""

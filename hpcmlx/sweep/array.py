@@ -18,9 +18,10 @@ from hpcmlx.files import write_atomic
 from hpcmlx.launch import submit
 from hpcmlx.launch.slurm import Batch, Shell, check_options, render, shape
 from hpcmlx.launch.submit import JobState
+from hpcmlx.record import completion
 from hpcmlx.settings import JobConfig
 from hpcmlx.sweep.point import words
-from hpcmlx.sweep.points import Point, Sweep, completion
+from hpcmlx.sweep.points import Point, Sweep
 
 SCRIPT = "array.sbatch"
 _EVERY = 2.0  # seconds from one question to the next

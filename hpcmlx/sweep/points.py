@@ -8,13 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from hpcmlx.errors import ConfigError, ExitCode, IntegrityError
 from hpcmlx.files import write_atomic
-from hpcmlx.launch.mpirun import COMPLETED
+from hpcmlx.record import completion
 
 #: In a sweep's directory: its points, and how each has ended last.
 SWEEP = "sweep.yaml"
@@ -147,22 +146,6 @@ def point_name(overrides: Mapping[str, str]) -> str:
 def _with_hash(name: str, overrides: Mapping[str, str]) -> str:
     text = json.dumps(dict(overrides), sort_keys=True)
     return f"{name[: _LONGEST - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def completion(run_dir: Path) -> dict[str, Any] | None:
-    """A run's completion record: the only sign that it is complete. None where there is none.
-
-    Raises:
-        IntegrityError: it is damaged.
-    """
-    try:
-        record = json.loads((run_dir / COMPLETED).read_text())
-        int(record["exit_code"])
-        return dict(record)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{run_dir / COMPLETED} cannot be read: {error}") from error
 
 
 def missing(sweep: Sweep, points: Sequence[Point]) -> list[Point]:

@@ -24,6 +24,7 @@ from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError, OutputError, Usage
 from hpcmlx.files import write_atomic
 from hpcmlx.launch.hostfile import Host, parse_hostfile
 from hpcmlx.launch.mpirun import find_mpirun, num_cores
+from hpcmlx.record import completion
 from hpcmlx.rundir import LOCK, lock_run_dir, make_run_dir, reserve_run_dir
 from hpcmlx.sweep import array, local, plugins, search, table
 from hpcmlx.sweep.point import words
@@ -31,7 +32,6 @@ from hpcmlx.sweep.points import (
     SWEEP,
     Point,
     Sweep,
-    completion,
     exit_code,
     load_sweep,
     missing,

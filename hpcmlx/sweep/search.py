@@ -15,7 +15,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from hpcmlx.errors import UsageError
 from hpcmlx.extras import require
-from hpcmlx.sweep.points import Sweep, completion, metric
+from hpcmlx.record import completion
+from hpcmlx.sweep.points import Sweep, metric
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -8,7 +8,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from hpcmlx.sweep.points import Point, Sweep, completion, metric, state
+from hpcmlx.record import completion
+from hpcmlx.sweep.points import Point, Sweep, metric, state
 
 
 def rows(sweep: Sweep, points: Sequence[Point]) -> list[list[str]]:

@@ -20,13 +20,13 @@ from hpcmlx.files import write_atomic
 from hpcmlx.inference.engine import Engine
 from hpcmlx.inference.rows import Request, RowResult
 from hpcmlx.inference.sampling import SamplingParams
-from hpcmlx.launch.mpirun import COMPLETED
 from hpcmlx.mesh import Mesh
 from hpcmlx.models.tokenizer import ChatRenderer
 from hpcmlx.observe import curves, gantt
 from hpcmlx.observe.metrics import Metrics, format_step, read_metrics
 from hpcmlx.observe.summary import peak_memory, write_summary
 from hpcmlx.observe.timeline import Timeline
+from hpcmlx.record import COMPLETED
 from hpcmlx.redact import written
 from hpcmlx.settings_finetune import FinetuneConfig
 from hpcmlx.training.build import Data, optim_settings
