@@ -74,7 +74,9 @@ def completion(run_dir: str | Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} cannot be read: {error}") from error
+        raise IntegrityError(
+            f"{path} cannot be read ({error}): delete it and start the job again"
+        ) from error
 
 
 def cause_of(code: int) -> Cause:

@@ -207,6 +207,21 @@ def test_a_launch_that_fails_loses_no_row(common, truth, tmp_path):
     assert_like_the_truth(run_dir, truth, kept)
 
 
+def test_a_damaged_completion_record(common, truth, tmp_path):
+    """Refused where nothing is left to do; where rows are missing, it counts for nothing."""
+    run_dir = tmp_path / "run"
+    line = [*common, "parallel.pp=2", f"run_dir={run_dir}"]
+    assert_done(run("generate", *line, ranks=2), run_dir)
+    (run_dir / "completed.json").write_text("{")
+    outcome = run("generate", *line, ranks=2)
+    assert outcome.code == 77 and len(outcome.messages) == 1, outcome.err
+    assert "completed.json cannot be read" in outcome.messages[0]
+    assert "delete it and start the job again" in outcome.messages[0]
+    shutil.rmtree(run_dir / ROWS)
+    assert_done(run("generate", *line, ranks=2), run_dir)
+    assert_like_the_truth(run_dir, truth, {})
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
 def test_mpirun_is_ended(common, truth, tmp_path, number):
     """Faults 7 and 18: no rank stays behind, what was committed is safe, and the run goes on."""

@@ -92,10 +92,10 @@ def find_work(
     if batch is not None and keys is not None:
         requests = [r for r in batch.requests if (r.index, r.sample) not in keys]
     complete = None
-    if world.rank == 0 and (record := completion(run_dir)) is not None:
-        if requests:  # what it says is not true any more
-            (run_dir / COMPLETED).unlink()
-        else:
+    if world.rank == 0:
+        if requests:  # what it may say is not true any more
+            (run_dir / COMPLETED).unlink(missing_ok=True)
+        elif (record := completion(run_dir)) is not None:
             complete = ExitCode(record["exit_code"])
     num_done, complete, total = world.bcast((len(keys or ()), complete, len(requests)))
     mine: list[Request] = []
