@@ -44,9 +44,10 @@ from tests.fixtures import (
     assert_marked,
     assert_nothing_left,
     assert_refused,
-    rank_pid,
     save_model,
     small_disk,
+    stop_early,
+    stopped_rank,
     write_rows,
 )
 
@@ -234,8 +235,8 @@ def test_power_loss(truth, begin, launch, tmp_path):
         os.waitpid(job.process.pid, os.WUNTRACED)
         copy = tmp_path / str(number)
         shutil.copytree(run_dir, copy)
-        job.process.send_signal(signal.SIGCONT)
         saved.append(state(copy).step)
+        job.process.send_signal(signal.SIGCONT)
         assert num_rows(copy) >= saved[-1] >= max(saved)
     assert_done(job.wait(120), run_dir)
     assert_like(run_dir, truth("alone"))
@@ -265,9 +266,8 @@ def test_mpirun_is_ended(truth, begin, launch, tmp_path):
 def test_a_signal_ends_a_launch_and_loses_no_step(truth, begin, launch, tmp_path):
     """Fault 16, through the launcher: SIGUSR1 saves and ends with 76; `resume` goes on."""
     run_dir = tmp_path / "run"
-    job = begin(run_dir, "pp2", "launch=mpirun")
-    job.wait_for(f"step  4/{STEPS}")
-    job.process.send_signal(signal.SIGUSR1)
+    job = begin(run_dir, "pp2", "launch=mpirun", fault="rank=1,step=6,kind=stop")
+    stop_early(job, stopped_rank(job))
     outcome = job.wait(120)
     steps = assert_stopped(outcome, run_dir, 5)
     assert committed(run_dir) == [steps]
@@ -282,22 +282,19 @@ def test_signals_at_bad_moments(truth, begin, launch, tmp_path):
     """Faults 17 and 19: while the model loads, while a rank waits in a collective call for another
     one, and, many of them, during a save; all in one run directory, under mpirun."""
     run_dir = tmp_path / "run"
-    job = begin(run_dir, "dp2")
+    job = begin(run_dir, "dp2", fault="rank=1,step=1,kind=stop")
     job.wait_for("layout")
     job.process.send_signal(signal.SIGUSR1)
+    os.kill(stopped_rank(job), signal.SIGCONT)
     steps = assert_stopped(job.wait(120), run_dir, 0)
 
-    job = begin(run_dir, "dp2")
-    job.wait_for(f"step {steps + 2:2}/")
-    late = rank_pid(job, 1)
-    os.kill(late, signal.SIGSTOP)
+    job = begin(run_dir, "dp2", fault=f"rank=1,step={steps + 3},kind=stop")
+    late = stopped_rank(job)
     time.sleep(0.5)  # rank 0 gets to the next sum, and waits there
-    job.process.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
-    os.kill(late, signal.SIGCONT)
+    stop_early(job, late)
     steps = assert_stopped(job.wait(120), run_dir, steps + 2)
 
-    job = begin(run_dir, "dp2", "train.save_every=2")
+    job = begin(run_dir, "dp2", "train.save_every=2", fault="rank=1,step=1,kind=slow")
     job.wait_for(f"step {steps + 1:2}/")
     saves = run_dir / "checkpoints"
     wait_until(job, lambda: any(name.endswith(".tmp") for name in os.listdir(saves)))
@@ -317,8 +314,8 @@ def test_a_full_disk(truth, begin, launch, tmp_path):
     """Fault 22: one line; the checkpoint before is whole, and with more room the run goes on."""
     with small_disk(tmp_path / "disk", "2m") as disk:
         run_dir, filler = disk.path / "run", disk.path / "filler"
-        job = begin(run_dir, "alone", "train.save_every=4")
-        wait_until(job, lambda: committed(run_dir) == [4])
+        job = begin(run_dir, "alone", "train.save_every=4", fault="rank=0,step=1,kind=slow")
+        wait_until(job, lambda: bool(committed(run_dir)))
         job.process.send_signal(signal.SIGSTOP)
         free = os.statvfs(disk.path)
         filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 60_000))

@@ -8,7 +8,6 @@ becomes of each fault of the project's table; the numbers are the table's.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -27,10 +26,11 @@ from tests.fixtures import (
     assert_nothing_left,
     assert_refused,
     copy_model,
-    rank_pid,
     run,
     small_disk,
     start,
+    stop_early,
+    stopped_rank,
     stored_rows,
     write_rows,
 )
@@ -250,18 +250,11 @@ def test_a_signal_ends_a_launch_early(common, folder, tmp_path):
     run_dir, kept = tmp_path / "run", {}
     both = (4, ["parallel.dp=2", "parallel.pp=2"])
     for ranks, layout in (LAYOUTS["alone"], LAYOUTS["tp2"], both):
-        job = start("generate", *line, *layout, f"run_dir={run_dir}", ranks=ranks)
-        end = time.monotonic() + 60
-        while len(stored_rows(run_dir)) <= len(kept) and time.monotonic() < end:
-            time.sleep(0.01)
-        if ranks:
-            late = rank_pid(job, 1)
-            os.kill(late, signal.SIGSTOP)
-            time.sleep(0.2)
-        job.process.send_signal(signal.SIGUSR1)
-        if ranks:
-            time.sleep(0.2)
-            os.kill(late, signal.SIGCONT)
+        env = {faults.ENV: f"rank={min(1, ranks)},step=200,kind=stop"}
+        job = start("generate", *line, *layout, f"run_dir={run_dir}", ranks=ranks, env=env)
+        late = stopped_rank(job)
+        time.sleep(0.2)  # the others get to where they wait for it
+        stop_early(job, late)
         outcome = job.wait(patience=GRACE)
         assert outcome.code == 76, outcome.err
         assert "asked to stop: " in outcome.err and not outcome.survivors, outcome.err

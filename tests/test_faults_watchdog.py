@@ -26,10 +26,10 @@ from tests.fixtures import (
     assert_nothing_left,
     job_line,
     mpirun,
-    rank_pid,
     run,
     run_line,
     start,
+    stopped_rank,
     write_rows,
 )
 from tests.fixtures import model as model
@@ -144,9 +144,7 @@ def test_a_pause_changes_nothing(generate, tmp_path):
     assert_done(clean, tmp_path / "clean")
     env = {faults.ENV: "rank=1,step=3,kind=stop"}
     job = start("generate", *line, f"run_dir={tmp_path / 'run'}", ranks=2, env=env)
-    job.wait_for("injected fault")
-    pid = rank_pid(job, 1)
-    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    pid = stopped_rank(job)
     time.sleep(4)
     os.kill(pid, signal.SIGCONT)
     outcome = job.wait()

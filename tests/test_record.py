@@ -38,6 +38,8 @@ from tests.fixtures import (
     run,
     run_line,
     start,
+    stop_early,
+    stopped_rank,
     write_rows,
 )
 
@@ -218,10 +220,10 @@ def test_where_nobody_is_left_a_reader_can_tell(model, tmp_path):  # noqa: F811
 
 @pytest.mark.fault
 def test_one_that_is_asked_to_stop_is_preempted(tuning, tmp_path):
-    line = job_line("finetune", *tuning, "train.steps=500", "train.save_every=1000")
-    job = Running([*line, f"run_dir={tmp_path}/run"], ROOT, {})
-    job.wait_for("step  ")
-    job.process.send_signal(signal.SIGUSR1)
+    line = job_line("finetune", *tuning, "train.steps=50")
+    fault = {faults.ENV: "rank=0,step=3,kind=stop"}
+    job = Running([*line, f"run_dir={tmp_path}/run"], ROOT, fault)
+    stop_early(job, stopped_rank(job))
     assert job.wait().code == ExitCode.PREEMPTED
     said = launch_of(tmp_path / "run")["exit"]
     assert (said["cause"], said["code"]) == ("preempted", 76)

@@ -11,10 +11,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hpcmlx import faults
 from hpcmlx.errors import ConfigError
 from hpcmlx.extras import require
 from hpcmlx.observe.metrics import read_metrics
-from tests.fixtures import WITHOUT_TORCH, Outcome, Running, job_line, run_line, write_rows
+from tests.fixtures import (
+    WITHOUT_TORCH,
+    Outcome,
+    Running,
+    job_line,
+    run_line,
+    stop_early,
+    stopped_rank,
+    write_rows,
+)
 from tests.fixtures import model as model
 
 pytestmark = pytest.mark.timeout(900)
@@ -102,24 +112,23 @@ def test_a_point_that_crashes_stops_no_other_and_is_all_that_a_second_launch_doe
 def test_a_sweep_that_is_warned_saves_and_goes_on(tuning, folder):
     """SIGUSR1: what runs saves and ends with 76, nothing else begins; the same command goes on."""
     path = folder / "tune"
-    words = [*tuning, "train.steps=120", "method.rank=2,4", f"sweep.dir={path}"]
+    words = [*tuning, "train.steps=20", "method.rank=2,4", f"sweep.dir={path}"]
     words.append("sweep.max_parallel=1")
-    running = Running(job_line("finetune", "-m", *words), folder, WITHOUT_TORCH)
-    metrics = path / "rank=2/metrics.csv"
-    wait_until(running, lambda: metrics.exists() and read_metrics(metrics.parent).get("train"))
-    running.process.send_signal(signal.SIGUSR1)
+    env = WITHOUT_TORCH | {faults.ENV: "rank=0,step=4,kind=stop"}
+    running = Running(job_line("finetune", "-m", *words), folder, env)
+    stop_early(running, stopped_rank(running))
     outcome = running.wait(PATIENCE)
     assert outcome.code == 76, outcome.err
     assert started(outcome) == ["rank=2"] and not outcome.survivors
     assert [line.split()[1] for line in outcome.out.splitlines()[1:3]] == ["stopped,", "not"]
     saved = [int(p.name[5:]) for p in (path / "rank=2/checkpoints").glob("step-*")]
-    assert len(saved) == 1 and 0 < saved[0] < 120
+    assert len(saved) == 1 and 3 < saved[0] < 20
     outcome = sweep("finetune", *words, cwd=folder)
     assert outcome.code == 0, outcome.err
     assert started(outcome) == ["rank=2", "rank=4"]
     assert f"going on after step {saved[0]}" in (path / "rank=2.log").read_text()
     for name in ("rank=2", "rank=4"):
-        assert read_metrics(path / name)["train"]["step"].tolist() == list(range(120))
+        assert read_metrics(path / name)["train"]["step"].tolist() == list(range(20))
 
 
 @pytest.mark.fault
