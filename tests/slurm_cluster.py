@@ -58,10 +58,10 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start(self, job: str, *overrides: str) -> Running:
+    def start(self, job: str, *overrides: str, **env: str) -> Running:
         """Submit a job, over two nodes, and follow it."""
         line = [*job_line(job, *overrides), "launch=slurm", "parallel.pp=2"]
-        return Running(self.line(*line), self.folder, WITHOUT_TORCH)
+        return Running(self.line(*line), self.folder, {**WITHOUT_TORCH, **env})
 
     def state(self, job_id: str) -> dict[str, str]:
         text = self.run("scontrol", "--oneliner", "show", "job", job_id)

@@ -203,7 +203,7 @@ def test_killed_from_outside_the_files_tell(generate, tmp_path):
     env = {faults.ENV: "rank=1,step=3,kind=hang"}
     job = start("generate", *line, ranks=2, env=env)
     job.wait_for("injected fault")
-    time.sleep(0.5)  # until rank 0 waits for it
+    time.sleep(2)  # until rank 0 waits for it
     job.process.kill()
     end = time.monotonic() + 30
     while job._survivors(0.0) and time.monotonic() < end:

@@ -203,7 +203,7 @@ def test_the_size_of_a_file_does_not_matter_to_the_time(tmp_path):
         file.truncate(200 << 30)
     begin = time.perf_counter()
     module._sampled_sha256(path, 100_000)
-    assert time.perf_counter() - begin < 1
+    assert time.perf_counter() - begin < 10
 
 
 def test_a_gguf_file(place):

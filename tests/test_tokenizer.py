@@ -243,9 +243,10 @@ def test_an_endless_template_is_ended(tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(InputError, match="did not end within 0.3 s"):
         render_chat(tokenizer, HI)
-    assert time.monotonic() - start < 1.5
-    time.sleep(0.1)
-    assert not [t for t in threading.enumerate() if t.name == "chat-template"]  # it was stopped
+    assert (end := time.monotonic()) - start < 5
+    while [t for t in threading.enumerate() if t.name == "chat-template"]:  # it is being stopped
+        assert time.monotonic() - end < 5
+        time.sleep(0.02)
 
 
 @pytest.mark.fault
@@ -266,7 +267,7 @@ def test_an_endless_template_is_tried_twice(tmp_path, monkeypatch):
         with pytest.raises(InputError) as refusal:
             render([{"role": "user", "content": "a"}])
         said.append(str(refusal.value))
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 20  # not 1000
     assert set(said) == {"the model's chat template did not end within 0.2 s"}
 
 

@@ -38,11 +38,11 @@ def test_a_slow_rank_holds_nobody_up(world):
     world.barrier()
     begin = time.perf_counter()
     if world.rank == 0:
-        time.sleep(0.5)  # the counter lives here
+        time.sleep(1.5)  # the counter lives here
     else:
         for _ in range(50):
             counter.fetch_add(1)
-        assert time.perf_counter() - begin < 0.4
+        assert time.perf_counter() - begin < 1.2
     counter.close()
 
 
@@ -66,11 +66,11 @@ def test_posting_never_waits_for_rank_0(world):
     world.barrier()
     begin = time.perf_counter()
     if world.rank == 0:
-        time.sleep(0.5)
+        time.sleep(1.5)
     for i in range(10):
         mailbox.post("x" * 100 * i)
     if world.rank:
-        assert time.perf_counter() - begin < 0.4
+        assert time.perf_counter() - begin < 1.2
     mailbox.close()
 
 
