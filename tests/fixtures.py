@@ -381,9 +381,27 @@ def stored_rows(run_dir: Path) -> dict[tuple[int, int], bytes]:
         for path in found.files
         if path.suffix == ".h5" or path.with_suffix(".h5") not in found.files
     ]
-    assert sum(map(len, tables)) == len(found), f"rows were computed twice: {found.files}"
+    # These may hold more rows than were found, where the job is at work.
+    keys = [place for table in tables for place in table[["index", "sample"]].tolist()]
+    assert len(set(keys)) == len(keys), f"rows were computed twice: {found.files}"
     places = map(tuple, found.places[["index", "sample"]].tolist())
     return dict(zip(places, found.lines(0, len(found)), strict=True))
+
+
+def rows_of_a_job_that_hangs(job: Running, run_dir: Path) -> dict[tuple[int, int], bytes]:
+    """`stored_rows` once it has come to its injected fault and no more of them are committed: the
+    disk is waited for beside the model."""
+    job.wait_for("injected fault")
+    kept: dict[tuple[int, int], bytes] = {}
+
+    def settled() -> bool:
+        nonlocal kept
+        before, kept = kept, stored_rows(run_dir)
+        time.sleep(0.5)
+        return len(kept) == len(before) > 0
+
+    _soon(job, settled)
+    return kept
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from hpcmlx import faults
 from hpcmlx.inference.store import ROWS, RowStore, recover
 from tests.fixtures import (
     GRACE,
-    TIMEOUT,
     assert_done,
     assert_marked,
     assert_nothing_left,
     assert_refused,
     copy_model,
+    rows_of_a_job_that_hangs,
     run,
     small_disk,
     start,
@@ -150,15 +150,6 @@ def assert_like_the_truth(
     assert (run_dir / "results.jsonl").read_bytes() == (truth / "results.jsonl").read_bytes()
 
 
-def wait_for_rows(run_dir: Path) -> dict:
-    """What a launch that hangs has committed: the disk is waited for beside the model."""
-    end = time.monotonic() + TIMEOUT
-    while not (kept := stored_rows(run_dir)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert 0 < len(kept) < len(ROWS_IN)
-    return kept
-
-
 # -- ranks, mpirun and launches that end --
 
 
@@ -230,8 +221,8 @@ def test_mpirun_is_ended(common, truth, tmp_path, number):
     line = [*common, "parallel.pp=2", f"run_dir={run_dir}"]
     env = {faults.ENV: f"rank=1,step={MANY_STEPS},kind=hang"}
     job = start("generate", *line, ranks=2, env=env)
-    job.wait_for("injected fault")
-    kept = wait_for_rows(run_dir)
+    kept = rows_of_a_job_that_hangs(job, run_dir)
+    assert 0 < len(kept) < len(ROWS_IN)
     job.process.send_signal(number)
     outcome = job.wait(patience=GRACE)
     assert outcome.code != 0
@@ -274,8 +265,8 @@ def test_a_run_that_is_under_way_is_left_alone(common, truth, tmp_path):
     run_dir = tmp_path / "run"
     line = [*common, f"run_dir={run_dir}"]
     job = start("generate", *line, env={faults.ENV: f"rank=0,step={MANY_STEPS},kind=hang"})
-    job.wait_for("injected fault")
-    kept = wait_for_rows(run_dir)
+    kept = rows_of_a_job_that_hangs(job, run_dir)
+    assert 0 < len(kept) < len(ROWS_IN)
     second = run("generate", *line)
     words = [f"run directory {run_dir} is in use by pid {job.process.pid} on host ", "wait for"]
     assert_refused(second, 73, *words)

@@ -27,6 +27,7 @@ from tests.fixtures import (
     assert_refused,
     job_line,
     mpirun,
+    rows_of_a_job_that_hangs,
     run,
     run_line,
     start,
@@ -199,9 +200,10 @@ def test_a_run_goes_on_where_it_was_cut_off(single, common, tmp_path):
         return json.loads((run_dir / "status.json").read_text())
 
     line = [*common, f"run_dir={run_dir}", "inference.batch_size=2"]
-    first = run("generate", *line, env={faults.ENV: "rank=0,step=10,kind=kill"})
-    assert first.code == -9
-    kept = stored_rows(run_dir)
+    job = start("generate", *line, env={faults.ENV: "rank=0,step=10,kind=hang"})
+    kept = rows_of_a_job_that_hangs(job, run_dir)
+    job.kill()
+    assert job.wait().code == -9
     assert 0 < len(kept) < len(ROWS)
 
     job = start("generate", f"resume={run_dir}", env={faults.ENV: "rank=0,step=4,kind=hang"})
