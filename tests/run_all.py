@@ -1,6 +1,8 @@
 """The whole suite in one verdict: single-process tests, then the MPI tests on 1, 2, 3 and 4 ranks.
 
-    python tests/run_all.py [-n 1 2 3 4] [pytest arguments]
+    python tests/run_all.py [-n 1 2 3 4] [--workers 3] [pytest arguments]
+
+Single-process tests are dealt to workers, file by file: many of them wait for jobs that they run.
 
 Every part must have run at least one test on the number of ranks it was meant for.
 """
@@ -21,7 +23,8 @@ from pathlib import Path
 from hpcmlx.launch.mpirun import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 4200  # seconds for one part; the first takes 2400 to 2700 on two cores
+TIMEOUT = 4200  # seconds for one part; the first takes 1000 to 1600 on two cores
+WORKERS = min((os.cpu_count() or 1) + 1, 8)
 
 
 @dataclass
@@ -67,6 +70,7 @@ def run_part(name: str, command: list[str], env: dict[str, str]) -> Part:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", "--ranks", type=int, nargs="*", default=[1, 2, 3, 4])
+    parser.add_argument("--workers", type=int, default=WORKERS, help="for single-process tests")
     parser.add_argument("--no-single", action="store_true", help="only the MPI parts")
     options, pytest_args = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -76,9 +80,9 @@ def main() -> int:
     python = [sys.executable, "-m", "pytest", "-q", "-rs", f"--color={color}", *pytest_args]
     parts = []
     if not options.no_single:
-        parts.append(
-            run_part("single process", [*python, "--ignore=tests/mpi", "tests"], dict(os.environ))
-        )
+        command = [*python, "-n", str(options.workers), "--dist=loadfile"]
+        command += ["--ignore=tests/mpi", "tests"]
+        parts.append(run_part("single process", command, dict(os.environ)))
     mpirun = [find_mpirun(), "--oversubscribe", "--bind-to", "none"]
     if os.geteuid() == 0:
         mpirun.append("--allow-run-as-root")

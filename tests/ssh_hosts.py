@@ -8,6 +8,7 @@ a process that waits for the end of this one, whatever that end is.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -136,8 +137,12 @@ def why_not() -> str:
 
 
 def bring_up(line: Sequence[str | Path], what: str) -> None:
-    """Run a script that makes hosts; where this machine does not let it, skip the test."""
-    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    """Run a script that makes hosts; where this machine does not let it, skip the test.
+
+    One at a time on this machine: it may install packages."""
+    with open(__file__) as mine:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-500:]
         pytest.skip(f"NOT TESTED: {what}: {Path(line[0]).name} failed: {said}")
