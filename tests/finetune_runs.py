@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from hpcmlx.comm import Communicator
 from hpcmlx.observe.metrics import read_metrics
 from hpcmlx.training.checkpoints.store import CheckpointStore
 from hpcmlx.training.finetune import CHECKPOINTS
-from tests.fixtures import TIMEOUT, Running
 
 #: Columns of the metrics that do not depend on how fast a host is.
 SERIES = ("step", "loss", "grad_norm", "learning_rate", "skipped")
@@ -76,11 +73,3 @@ def files(run_dir: Path) -> dict[Path, tuple[int, bytes]]:
     return {
         path.relative_to(run_dir): (path.stat().st_mtime_ns, path.read_bytes()) for path in kept
     }
-
-
-def wait_until(job: Running, condition: Callable[[], bool]) -> None:
-    """Look again and again, as fast as it goes: a moment is to be hit."""
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert job.process.poll() is None and time.monotonic() < end, job.lines
-        os.sched_yield()

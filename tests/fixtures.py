@@ -173,14 +173,25 @@ class Running:
                 text = text.lstrip("\0 ")  # mpirun ends its own texts with them, not with a newline
             lines.append((time.monotonic() - self._begin, text))
 
-    def wait_for(self, text: str, timeout: float = TIMEOUT) -> None:
-        """Until a line of standard error has `text` in it."""
+    def until(
+        self, condition: Callable[[], Any], timeout: float = 2 * TIMEOUT, pause: float = 0.02
+    ) -> Any:
+        """What the condition gives, once it gives something; the job must be at work until then.
+
+        Args:
+            pause: seconds between two looks; 0 where a moment is to be hit.
+        """
         end = time.monotonic() + timeout
-        while not any(text in line for _, line in list(self.lines)):
+        while not (found := condition()):
             if time.monotonic() > end or self.process.poll() is not None:
                 self.kill()
-                pytest.fail(f"no {text!r} on standard error:\n{self._text()}")
-            time.sleep(0.02)
+                pytest.fail(f"it has not come to this:\n{self._text()}")
+            time.sleep(pause)
+        return found
+
+    def wait_for(self, text: str, timeout: float = TIMEOUT) -> None:
+        """Until a line of standard error has `text` in it."""
+        self.until(lambda: any(text in line for _, line in list(self.lines)), timeout)
 
     def wait(self, timeout: float = TIMEOUT, patience: float = 1.0) -> Outcome:
         """How it ended.
@@ -251,7 +262,7 @@ def stopped_rank(job: Running) -> int:
     if not Path("/proc/self/status").exists():
         pytest.skip("NOT TESTED: stopped ranks are found by /proc")
     mark = f"{_MARK}={job.mark}"
-    return _soon(job, lambda: next(filter(_is_stopped, _marked(mark)), None))
+    return job.until(lambda: next(filter(_is_stopped, _marked(mark)), None))
 
 
 def _is_stopped(pid: int) -> bool:
@@ -266,16 +277,8 @@ def stop_early(job: Running, stopped: int) -> None:
     job.process.send_signal(signal.SIGUSR1)
     status, bit = Path(f"/proc/{stopped}/status"), 1 << (signal.SIGUSR1 - 1)
     pending = re.compile(r"ShdPnd:\s*(\w+)")
-    _soon(job, lambda: int(pending.search(status.read_text())[1], 16) & bit)
+    job.until(lambda: int(pending.search(status.read_text())[1], 16) & bit)
     os.kill(stopped, signal.SIGCONT)
-
-
-def _soon(job: Running, condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + TIMEOUT
-    while not (found := condition()):
-        assert job.process.poll() is None and time.monotonic() < end, job.lines
-        time.sleep(0.02)
-    return found
 
 
 def mpirun(*options: str) -> list[str]:
@@ -397,10 +400,9 @@ def rows_of_a_job_that_hangs(job: Running, run_dir: Path) -> dict[tuple[int, int
     def settled() -> bool:
         nonlocal kept
         before, kept = kept, stored_rows(run_dir)
-        time.sleep(0.5)
         return len(kept) == len(before) > 0
 
-    _soon(job, settled)
+    job.until(settled, pause=0.5)
     return kept
 
 

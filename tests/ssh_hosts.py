@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -111,16 +110,6 @@ class Hosts:
             yield
         finally:
             self.control("exec", name, "umount", str(place))
-
-
-def until(condition: Callable[[], Any], job: Running, seconds: float = 120) -> None:
-    """Wait for a state while a job runs."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if job.process.poll() is not None or time.monotonic() > end:
-            outcome = job.wait(1)
-            pytest.fail(f"it has not come to this:\n{outcome.err}")
-        time.sleep(0.05)
 
 
 def why_not() -> str:

@@ -34,7 +34,6 @@ from tests.finetune_runs import (
     num_rows,
     series,
     state,
-    wait_until,
 )
 from tests.fixtures import (
     GRACE,
@@ -227,7 +226,7 @@ def test_power_loss(truth, begin, launch, tmp_path):
     metrics of all steps before it; from there the run ends as it would have."""
     run_dir, rng = tmp_path / "run", random.Random(5)
     job = begin(run_dir, "alone", "train.save_every=1")
-    wait_until(job, lambda: bool(committed(run_dir)))
+    job.until(lambda: bool(committed(run_dir)), pause=0)
     saved = []
     for number in range(50):
         time.sleep(rng.uniform(0, 0.04))
@@ -297,7 +296,7 @@ def test_signals_at_bad_moments(truth, begin, launch, tmp_path):
     job = begin(run_dir, "dp2", "train.save_every=2", fault="rank=1,step=1,kind=slow")
     job.wait_for(f"step {steps + 1:2}/")
     saves = run_dir / "checkpoints"
-    wait_until(job, lambda: any(name.endswith(".tmp") for name in os.listdir(saves)))
+    job.until(lambda: any(name.endswith(".tmp") for name in os.listdir(saves)), pause=0)
     for _ in range(10):
         job.process.send_signal(signal.SIGUSR1)
         time.sleep(0.001)
@@ -315,7 +314,7 @@ def test_a_full_disk(truth, begin, launch, tmp_path):
     with small_disk(tmp_path / "disk", "2m") as disk:
         run_dir, filler = disk.path / "run", disk.path / "filler"
         job = begin(run_dir, "alone", "train.save_every=4", fault="rank=0,step=1,kind=slow")
-        wait_until(job, lambda: bool(committed(run_dir)))
+        job.until(lambda: bool(committed(run_dir)), pause=0)
         job.process.send_signal(signal.SIGSTOP)
         free = os.statvfs(disk.path)
         filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 60_000))

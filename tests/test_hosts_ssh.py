@@ -35,7 +35,7 @@ from tests.fixtures import (
     stored_rows,
     write_rows,
 )
-from tests.ssh_hosts import Hosts, hosts_up, until
+from tests.ssh_hosts import Hosts, hosts_up
 from tests.test_faults import index_with_two_shards
 
 pytestmark = pytest.mark.timeout(600)
@@ -187,7 +187,7 @@ def test_a_host_loses_its_daemon_and_its_ranks(hosts, model):
     line = [f"model.path={model}", f"input={many}", f"run_dir={run_dir}", "parallel.pp=3"]
     line += ["inference.batch_size=2", "sampling.max_tokens=60", "sampling.temperature=1.0"]
     job = hosts.job("generate", *line)
-    until(lambda: any(path.stat().st_size for path in run_dir.glob("rows/*")), job)
+    job.until(lambda: any(path.stat().st_size for path in run_dir.glob("rows/*")))
     hosts.kill(hosts.names[1])
     killed = time.monotonic()
     outcome = job.wait(120, patience=10)
@@ -214,7 +214,7 @@ def test_a_link_is_cut(hosts, tuning):
     line = [*tuning, "parallel.pp=3", f"train.steps={steps}", f"run_dir={run_dir}"]
     line += ["train.save_every=20"]
     job = hosts.job("finetune", *line)
-    until(lambda: len(committed(run_dir)) >= 1, job)
+    job.until(lambda: len(committed(run_dir)) >= 1)
     hosts.control("link", hosts.names[2], "down")
     cut = time.monotonic()
     try:
@@ -293,7 +293,7 @@ def test_a_clock_steps(hosts, tuning, losses):
     run_dir = hosts.folder / "stepped"
     line = [*tuning, "parallel.dp=3", f"train.steps={steps}", "train.save_every=20"]
     job = hosts.job("finetune", *line, f"run_dir={run_dir}", env={"PYTHONPATH": str(patched)})
-    until(lambda: committed(run_dir), job)
+    job.until(lambda: committed(run_dir))
     mark.touch()
     assert_done(job.wait(180), run_dir)
     metrics = read_metrics(run_dir)["train"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -139,7 +138,7 @@ def test_nothing_is_left_of_a_sweep_that_is_ended(tuning, folder, number):
     words = [*tuning, "train.steps=100000", "method.rank=2,4,8", f"sweep.dir={path}"]
     words.append("sweep.max_parallel=2")
     running = Running(job_line("finetune", "-m", *words), folder, WITHOUT_TORCH)
-    wait_until(running, lambda: list(path.glob("rank=*/metrics.csv")))
+    running.until(lambda: list(path.glob("rank=*/metrics.csv")))
     running.process.send_signal(number)
     outcome = running.wait(180, patience=30)
     assert not outcome.survivors
@@ -186,10 +185,3 @@ def test_a_job_that_begins_anew_leaves_what_was_there(model, folder):
 
 def summary(run_dir: Path) -> dict:
     return json.loads((run_dir / "summary.json").read_text())
-
-
-def wait_until(job: Running, condition) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert job.process.poll() is None and time.monotonic() < end, job.lines
-        time.sleep(0.05)
