@@ -11,12 +11,11 @@ Leaves `logprobs.h5`, `choices.jsonl` and `choices.h5`, or `harness.json` in the
 """
 
 import time
-from typing import Any
 
 from hpcmlx.config import EvaluateConfig
 from hpcmlx.errors import ExitCode
 from hpcmlx.inference.choices import ChoicesEvaluation
-from hpcmlx.inference.evaluate import TextEvaluation
+from hpcmlx.inference.evaluate import Evaluation, TextEvaluation
 from hpcmlx.inference.harness import HarnessEvaluation
 from hpcmlx.inference.request import max_context
 from hpcmlx.job import Job, run_job
@@ -25,14 +24,17 @@ from hpcmlx.models.loader import load_model
 from hpcmlx.models.tokenizer import load_tokenizer
 from hpcmlx.observe.summary import write_summary
 
-KINDS: Any = {"text": TextEvaluation, "choices": ChoicesEvaluation, "harness": HarnessEvaluation}
+KINDS: dict[str, type[Evaluation]] = {
+    "text": TextEvaluation,
+    "choices": ChoicesEvaluation,
+    "harness": HarnessEvaluation,
+}
 
 
 def main(job: Job) -> ExitCode:
     cfg, mesh = job.config, job.mesh
     checkpoint = open_checkpoint(cfg.model.path)
     tokenizer = load_tokenizer(checkpoint)
-    # What is wrong with the input is said here, before the model loads.
     kind = KINDS[cfg.evaluate.kind]
     evaluation = kind(cfg, mesh, tokenizer, max_context(checkpoint.config))
     loaded = load_model(checkpoint, mesh, **cfg.load_options())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -41,6 +41,16 @@ class Verdict:
     line: str
     code: ExitCode = ExitCode.OK
     num_tokens: int | None = None
+
+
+class Evaluation(Protocol):
+    """A kind of evaluation. What is wrong with its input it says when it is made, before the model
+    loads."""
+
+    def __init__(self, cfg: EvaluateConfig, mesh: Mesh, tokenizer: Any, context: int | None): ...
+
+    def run(self, loaded: LoadedModel, run_dir: Path) -> Verdict | None:
+        """Collective: evaluate, and write the files; the verdict on world rank 0."""
 
 
 def source_of(cfg: EvaluateConfig, mesh: Mesh) -> dict[str, Any]:
