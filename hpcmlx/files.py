@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from hpcmlx.flight import recorder
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_WRITE = 1 << 30  # macOS refuses a single write of 2 GiB or more
 _HASHED_AT_ONCE = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # as `_replacing` names them
 
 Data = bytes | bytearray | memoryview | str
 
@@ -189,6 +191,19 @@ class DurableLog:
         with reported(self.path):
             os.close(self._fd)
             self.path.unlink()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what writers that were killed have left in `directory` or below it. Nobody may be
+    writing there.
+
+    Raises:
+        StorageError: that fails.
+    """
+    for path in directory.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            with reported(path):
+                path.unlink(missing_ok=True)  # another rank may do the same
 
 
 @contextmanager

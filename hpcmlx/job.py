@@ -29,7 +29,7 @@ import hpcmlx
 from hpcmlx import comm, config, jaccl, log, orphans, redact
 from hpcmlx.comm import Communicator
 from hpcmlx.errors import ConfigError, ExitCode, HpcmlxError, UsageError
-from hpcmlx.files import write_atomic
+from hpcmlx.files import remove_leftovers, write_atomic
 from hpcmlx.flight import file_of, recorder
 from hpcmlx.launch import mpirun, submit
 from hpcmlx.mesh import Mesh, ParallelDims
@@ -168,6 +168,7 @@ def _run(
     # Before the configuration: another version may not be able to read this one's.
     check_peers(world.allgather(_this_peer()))
     settings, run_dir, launch = _settings(name, schema, command, world)
+    remove_leftovers(run_dir)  # by every host from its own, before any rank writes
     check_peers(world.allgather(_this_peer(settings)))
     parallel = settings.parallel
     mesh = Mesh(ParallelDims(parallel.dp, parallel.pp, parallel.tp), world)

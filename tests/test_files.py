@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -163,6 +164,27 @@ def test_a_file_in_pieces_is_there_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.fault
+@pytest.mark.fault
+def test_what_a_killed_writer_leaves_is_removed(tmp_path):
+    """And nothing else that is called nearly so."""
+    kept = [".tmp", "a.tmp", ".status.json.tmp", ".a.0123456789ab.tmp.h5", "a.0123456789ab.tmp"]
+    (tmp_path / "rows").mkdir()
+    for folder in (tmp_path, tmp_path / "rows"):
+        code = (
+            "import os, sys; from pathlib import Path; from hpcmlx import files\n"
+            "with files.atomic_writer(Path(sys.argv[1], 'a.jsonl')) as write:\n"
+            "    write('half'); os.kill(os.getpid(), 9)\n"
+        )
+        subprocess.run([sys.executable, "-c", code, folder], check=False)
+        assert len(list(folder.glob(".a.jsonl.*.tmp"))) == 1
+        for name in kept:
+            (folder / name).touch()
+    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path / "nowhere")
+    for folder in (tmp_path, tmp_path / "rows"):
+        assert {p.name for p in folder.iterdir() if p.is_file()} == set(kept)
+
+
 def test_a_log_takes_nothing_after_a_failure(tmp_path, file_size_limit):
     log = files.DurableLog(tmp_path / "a.log")
     log.append(b"x" * 60_000)
