@@ -66,7 +66,8 @@ def watch_parent(on_loss: Callable[[str], object] = end_rank, seconds: float = 1
     if not any(key in os.environ for key in _STARTED_AS_RANK):
         return
     parent = os.getppid()
-    held = _open_lifeline(os.environ.get(LIFELINE_ENV))
+    path = os.environ.get(LIFELINE_ENV)
+    held = _open_lifeline(path)
 
     def watch() -> None:
         while True:
@@ -74,6 +75,7 @@ def watch_parent(on_loss: Callable[[str], object] = end_rank, seconds: float = 1
                 on_loss(f"its parent (mpirun's process {parent}) is gone")
                 return
             if held is not None and _is_free(held):
+                _remove(path)
                 on_loss("the launcher that started mpirun is gone")
                 return
             time.sleep(seconds)
@@ -86,13 +88,15 @@ def watch_sweep(seconds: float = 1.0) -> None:
 
     A process that no sweep has started is not watched.
     """
-    held = _open_lifeline(os.environ.get(SWEEP_ENV))
+    path = os.environ.get(SWEEP_ENV)
+    held = _open_lifeline(path)
     if held is None:
         return
 
     def watch() -> None:
         while not _is_free(held):
             time.sleep(seconds)
+        _remove(path)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch-sweep", daemon=True).start()
@@ -107,6 +111,13 @@ def _open_lifeline(path: str | None) -> int | None:
         return os.open(path, os.O_RDONLY)
     except OSError:
         return None
+
+
+def _remove(path: str | None) -> None:
+    """Delete the file, which who held it can no longer do."""
+    if path is not None:
+        with suppress(OSError):  # another rank may have been quicker
+            os.unlink(path)
 
 
 def _is_free(descriptor: int) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from hpcmlx.launch.mpirun import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 4200  # seconds for one part; the first takes 1000 to 1600 on two cores
+TIMEOUT = 4200  # seconds for one part; the first takes 950 to 1100 on two cores
 WORKERS = min((os.cpu_count() or 1) + 1, 8)
 
 

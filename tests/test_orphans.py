@@ -143,7 +143,7 @@ def test_a_rank_whose_launcher_dies_says_so_and_ends_with_75():
     holder.kill()  # it is not waited for: a zombie must not count as alive
     out, err = rank.communicate(timeout=10)
     holder.communicate()
-    Path(path).unlink()
+    assert not Path(path).exists()
     where = f"hpcmlx: rank 3 on {comm.hostname()}: "
     assert err == f"{where}the launcher that started mpirun is gone; start the job again\n"
     assert (out, rank.returncode) == ("", 75)
