@@ -126,27 +126,33 @@ def test_a_watched_job_still_ends_well():
     assert not outcome.survivors
 
 
-def test_a_rank_whose_launcher_dies_says_so_and_ends_with_75():
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def outlives(script: str, key: str, **env: str) -> tuple[str, str, int]:
+    """What a process says, and how it ends, whose holder of the lifeline is killed; the file must
+    be gone."""
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=pipe, stdout=pipe, text=True)
     path = holder.stdout.readline().strip()
-    env = os.environ | {orphans.LIFELINE_ENV: path, "OMPI_COMM_WORLD_RANK": "3"}
-    rank = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert rank.stdout.readline() == "watching\n"
+    env = os.environ | env | {key: path}
+    line = [sys.executable, "-c", script]
+    process = subprocess.Popen(line, env=env, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "watching\n"
     holder.kill()  # it is not waited for: a zombie must not count as alive
-    out, err = rank.communicate(timeout=10)
+    out, err = process.communicate(timeout=10)
     holder.communicate()
     assert not Path(path).exists()
+    return out, err, process.returncode
+
+
+def test_a_rank_whose_launcher_dies_says_so_and_ends_with_75():
+    said = outlives(ORPHAN, orphans.LIFELINE_ENV, OMPI_COMM_WORLD_RANK="3")
     where = f"hpcmlx: rank 3 on {comm.hostname()}: "
-    assert err == f"{where}the launcher that started mpirun is gone; start the job again\n"
-    assert (out, rank.returncode) == ("", 75)
+    message = f"{where}the launcher that started mpirun is gone; start the job again\n"
+    assert said == ("", message, 75)
+
+
+def test_a_launcher_whose_sweep_dies_is_ended_as_by_a_user():
+    script = ORPHAN.replace("watch_parent", "watch_sweep")
+    assert outlives(script, orphans.SWEEP_ENV) == ("", "", -signal.SIGTERM)
 
 
 def test_the_lifeline_goes_with_its_launcher():
